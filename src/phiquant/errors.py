@@ -1,0 +1,98 @@
+"""Every exception the package raises on purpose.
+
+    PhiquantError
+    ├── FormatError            a file's bytes are not what its format promises
+    │   ├── GGUFError          ... a GGUF file
+    │   ├── CheckpointError    ... a Hugging Face checkpoint (config.json, safetensors, index)
+    │   ├── TokenizerError     ... a vocabulary or tokenizer file
+    │   └── TemplateError      ... a chat template: syntax, run time, time or memory limit
+    ├── UnsupportedError       well-formed, but not something this version does
+    │   ├── ArchitectureError  an unknown model architecture
+    │   └── TypeNameError      an unknown tensor or file type
+    ├── RequestError           an argument, an option or a prompt that cannot be served
+    │   ├── TokenError         a token id outside the vocabulary
+    │   └── ContextError       more tokens than the context holds
+    ├── WeightsError           NaN or infinity in weights, shapes that do not fit, requantization not allowed
+    ├── OutputError            an output cannot be written: path, permission, disk full
+    └── KernelError            a kernel was not compiled, was refused at binding, or reported a failure
+
+Messages are one sentence that names the thing and the remedy; the command line prints them as they are.
+"""
+
+__all__ = [
+    "ArchitectureError",
+    "CheckpointError",
+    "ContextError",
+    "FormatError",
+    "GGUFError",
+    "KernelError",
+    "OutputError",
+    "PhiquantError",
+    "RequestError",
+    "TemplateError",
+    "TokenError",
+    "TokenizerError",
+    "TypeNameError",
+    "UnsupportedError",
+    "WeightsError",
+]
+
+
+class PhiquantError(Exception):
+    """Base of all errors raised on purpose; its text is meant for the user."""
+
+
+class FormatError(PhiquantError):
+    """A file's bytes are not what its format promises."""
+
+
+class GGUFError(FormatError):
+    """A GGUF file is truncated, corrupt or contradictory."""
+
+
+class CheckpointError(FormatError):
+    """A Hugging Face checkpoint is incomplete, corrupt or contradictory."""
+
+
+class TokenizerError(FormatError):
+    """A vocabulary or a tokenizer file cannot be used."""
+
+
+class TemplateError(FormatError):
+    """A chat template failed or exceeded its limits."""
+
+
+class UnsupportedError(PhiquantError):
+    """Well-formed input that this version does not support."""
+
+
+class ArchitectureError(UnsupportedError):
+    """The model architecture is not a known one."""
+
+
+class TypeNameError(UnsupportedError):
+    """The name or number of a tensor type or file type is not known."""
+
+
+class RequestError(PhiquantError):
+    """An argument, an option or a prompt cannot be served."""
+
+
+class TokenError(RequestError):
+    """A token id lies outside the vocabulary."""
+
+
+class ContextError(RequestError):
+    """A sequence does not fit the context."""
+
+
+class WeightsError(PhiquantError):
+    """Weights hold NaN or infinity, do not fit their shape, or may not be converted as asked."""
+
+
+class OutputError(PhiquantError):
+    """An output file cannot be written."""
+
+
+class KernelError(PhiquantError):
+    """A kernel could not be compiled, was refused when bound, or reported a failure."""
