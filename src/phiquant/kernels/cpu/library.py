@@ -1,0 +1,192 @@
+"""Compiling kernels and keeping them: one object file per kernel in the user's cache directory.
+
+A file is named by a hash of every kernel source, llvmlite's version, the target and the kernel's own name, which holds
+all of its parameters; so a hit is always right and nothing is ever invalidated. No pickle: what is read back is an
+ELF/Mach-O/COFF object that LLVM's loader links into the process. The directory must belong to the user with mode 0700,
+else compiled kernels stay in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from ...errors import KernelError
+from .emit import I64, VOID, Emitter, Value
+from .target import Target, host
+
+__all__ = ["cache_directory", "emit_assembly", "function", "on_compile"]
+
+LIMIT = 256 << 20  # bytes kept in the cache directory; the files used longest ago go first
+
+on_compile: list[Callable[[str], None]] = []
+"""Called with a kernel's name before it is compiled (not when it is loaded): the place to show progress."""
+
+_lock = threading.RLock()
+_loaded: dict[str, int] = {}
+_engine: Any = None
+
+
+def function(name: str, arguments: int, body: Callable[..., None], target: Target | None = None) -> int:
+    """The address of a native function void(int64 × arguments), compiled on first use and then cached.
+
+    Args:
+        name: identifies the kernel with all its parameters; the same name must always mean the same code.
+        arguments: number of 64-bit integer arguments.
+        body: body(e, *values) emits the code.
+        target: the processor; the host by default.
+    """
+    target = target or host()
+    key = f"{name}.{target.lowering}"
+    with _lock:
+        if key in _loaded:
+            return _loaded[key]
+        symbol = "phiquant_" + hashlib.sha256(key.encode()).hexdigest()[:20]
+        path = _path(key, target)
+        data = _read(path)
+        if data is None:
+            for notify in on_compile:
+                notify(name)
+            data = target.machine().emit_object(_module(symbol, arguments, body, target))
+            _write(path, data)
+        address = _link(symbol, data)
+        _loaded[key] = address
+        return address
+
+
+def emit_assembly(name: str, arguments: int, body: Callable[..., None], target: Target) -> str:
+    """The assembly of a kernel for any target LLVM was built with; for tests of what a lowering becomes."""
+    return str(target.machine(jit=False).emit_assembly(_module(name, arguments, body, target)))
+
+
+def _module(symbol: str, arguments: int, body: Callable[..., None], target: Target) -> Any:
+    """Optimised IR."""
+    machine = target.machine()
+    m = ir.Module(symbol)
+    m.triple, m.data_layout = target.triple, str(machine.target_data)
+    f = ir.Function(m, ir.FunctionType(VOID, [I64] * arguments), symbol)
+    f.attributes.add("nounwind")
+    # Without this LLVM keeps to 256-bit registers on processors that have 512-bit ones.
+    entry = f.append_basic_block("entry")
+    b = ir.IRBuilder(f.append_basic_block("body"))
+    with b.goto_block(entry):
+        b.branch(f.basic_blocks[1])
+    e = Emitter(b, target)
+    body(e, *(Value(e, a) for a in f.args))
+    b.ret_void()
+    text = str(m)
+    if target.vector_bytes == 64:
+        text = _prefer_wide(text, symbol)
+    parsed = llvm.parse_assembly(text)
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    # Kernels are vectorised and unrolled by hand; LLVM doing it again to their remainders only costs compile time.
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(parsed, builder)
+    return parsed
+
+
+def _prefer_wide(text: str, symbol: str) -> str:
+    head, _, tail = text.partition(f'define void @"{symbol}"')
+    line, newline, rest = tail.partition("\n")
+    return f'{head}define void @"{symbol}"{line} "prefer-vector-width"="512"{newline}{rest}'
+
+
+def _link(symbol: str, data: bytes) -> int:
+    global _engine
+    if _engine is None:
+        _engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host().machine())
+    _engine.add_object_file(llvm.ObjectFileRef.from_data(data))
+    address = int(_engine.get_function_address(symbol))
+    if not address:
+        raise KernelError(f"the loader did not find {symbol} in the object file it was given")
+    return address
+
+
+@cache
+def _sources() -> bytes:
+    """A hash of everything that shapes machine code: the sources of this folder and the libraries' versions."""
+    h = hashlib.sha256(f"{llvmlite.__version__} {'.'.join(map(str, llvm.llvm_version_info))}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        h.update(source.name.encode() + b"\0" + source.read_bytes())
+    return h.digest()
+
+
+def _path(key: str, target: Target) -> Path | None:
+    directory = cache_directory()
+    if directory is None:
+        return None
+    h = hashlib.sha256(_sources() + f"{target}\0{key}".encode())
+    return directory / f"{h.hexdigest()[:40]}.o"
+
+
+@cache
+def _checked(directory: Path) -> Path | None:
+    """The directory, made if need be, if it is safe to link code from."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+    except OSError:
+        return None
+    if os.name == "posix":
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            return None
+    return directory
+
+
+def cache_directory() -> Path | None:
+    """Where object files are kept; None if there is no directory of the user's own (mode 0700) to keep them in."""
+    root = os.environ.get("PHIQUANT_CACHE_DIR")
+    if root:
+        return _checked(Path(root) / "kernels")
+    import platformdirs
+
+    return _checked(Path(platformdirs.user_cache_dir("phiquant", appauthor=False)) / "kernels")
+
+
+def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _write(path: Path | None, data: bytes) -> None:
+    """Atomically; a cache that cannot be written costs time, nothing else."""
+    if path is None:
+        return
+    with contextlib.suppress(OSError):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with os.fdopen(descriptor, "wb") as f:
+                f.write(data)
+            Path(temporary).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+            raise
+        _trim(path.parent)
+
+
+def _trim(directory: Path) -> None:
+    files = sorted(((s.st_atime, s.st_size, p) for p in directory.glob("*.o") for s in [p.stat()]), reverse=True)
+    total = 0
+    for _, size, path in files:
+        total += size
+        if total > LIMIT:
+            path.unlink(missing_ok=True)

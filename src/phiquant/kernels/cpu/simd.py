@@ -1,0 +1,254 @@
+"""Vector operations that kernels share; those that have one lowering per instruction set are all here.
+
+Everything else in a kernel is generic vector arithmetic of `emit`, which LLVM lowers to any processor. Vectors are as
+wide as the algorithm wants (16 lanes as a rule), whatever the registers' width: LLVM splits them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .emit import F16, F32, I16, I32, Emitter, Value, vec
+
+__all__ = [
+    "bfloat_to_float",
+    "dot_pairs",
+    "dot_quads",
+    "exp",
+    "float_to_bfloat",
+    "float_to_half",
+    "half_to_float",
+    "nearest_int",
+    "reduce",
+    "round_away",
+    "transpose",
+]
+
+
+def dot_quads(e: Emitter, total: Value, unsigned: Value, signed: Value, *, below: int) -> Value:
+    """total[i] + the sum over j < 4 of unsigned[4 i + j] * signed[4 i + j].
+
+    Args:
+        total: i32 × n, n a multiple of 4.
+        unsigned: i8 × 4n, read as unsigned, every element less than `below`.
+        signed: i8 × 4n, in -127..127.
+        below: bound of `unsigned`: AVX2's instruction saturates a sum of two products at 32767, so 129 to 256 take
+            another way there, and Arm's signed instruction is used up to 128.
+    """
+    lowering, lanes = e.target.lowering, total.lanes
+    if lowering == "avx512vnni":
+        return _split(e, 16, _vnni512, total, unsigned, signed)
+    if lowering == "avxvnni":
+        return _split(e, 8, _vnni256, total, unsigned, signed)
+    if lowering == "avx2" and below <= 129:
+        return _split(e, 8, _maddubs256, total, unsigned, signed)
+    if lowering == "sse41" and below <= 129:
+        return _split(e, 4, _maddubs128, total, unsigned, signed)
+    if lowering == "neon" and below <= 128:
+        return _split(e, 4, _sdot128, total, unsigned, signed)
+    # 16-bit products of widened bytes are added by pairs (one instruction on x86), then once more.
+    u, s = unsigned.zext(I16), signed.sext(I16)
+    pairs = dot_pairs(e, e.const(vec(I32, 2 * lanes), 0), u, s)
+    even, odd = pairs.shuffle(range(0, 2 * lanes, 2)), pairs.shuffle(range(1, 2 * lanes, 2))
+    return total + even + odd
+
+
+def dot_pairs(e: Emitter, total: Value, a: Value, b: Value) -> Value:
+    """total[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]; i32 × n, i16 × 2n, i16 × 2n (signed, not both -32768)."""
+    lowering, lanes = e.target.lowering, total.lanes
+    if lowering == "avx512vnni" and lanes % 16 == 0:
+        return _split(e, 16, _vnni512_pairs, total, a, b)
+    if lowering in ("avx512vnni", "avxvnni", "avx2") and lanes % 8 == 0:
+        return _split(e, 8, _madd256, total, a, b)
+    if lowering == "sse41":
+        return _split(e, 4, _madd128, total, a, b)
+    x, y = a.sext(I32), b.sext(I32)
+    product = x * y
+    return total + product.shuffle(range(0, 2 * lanes, 2)) + product.shuffle(range(1, 2 * lanes, 2))
+
+
+def _split(
+    e: Emitter, width: int, f: Callable[[Emitter, Value, Value, Value], Value], total: Value, a: Value, b: Value
+) -> Value:
+    """Apply an instruction of `width` i32 lanes to every part of wider vectors."""
+    lanes, ratio = total.lanes, a.lanes // total.lanes
+    if lanes % width:
+        raise TypeError(f"{lanes} lanes are not a multiple of {width}")
+    if lanes == width:
+        return f(e, total, a, b)
+    parts = [
+        f(
+            e,
+            total.shuffle(range(i, i + width)),
+            a.shuffle(range(ratio * i, ratio * (i + width))),
+            b.shuffle(range(ratio * i, ratio * (i + width))),
+        )
+        for i in range(0, lanes, width)
+    ]
+    return concatenate(e, parts)
+
+
+def concatenate(e: Emitter, parts: Sequence[Value]) -> Value:
+    """Vectors of one type joined in order; their number is a power of two."""
+    items = list(parts)
+    while len(items) > 1:
+        items = [e.join(items[i], items[i + 1]) for i in range(0, len(items), 2)]
+    return items[0]
+
+
+def _vnni512(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    # LLVM 22 takes i8 vectors and upgrades this older form, with i32 operands, by itself.
+    return _dpbusd(e, "llvm.x86.avx512.vpdpbusd.512", 16, t, u, s)
+
+
+def _vnni256(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    return _dpbusd(e, "llvm.x86.avx512.vpdpbusd.256", 8, t, u, s)
+
+
+def _dpbusd(e: Emitter, name: str, lanes: int, t: Value, u: Value, s: Value) -> Value:
+    operand = vec(I32, lanes)
+    return e.intrinsic(name, operand, t, u.bits(operand), s.bits(operand))
+
+
+def _vnni512_pairs(e: Emitter, t: Value, a: Value, b: Value) -> Value:
+    return e.intrinsic("llvm.x86.avx512.vpdpwssd.512", vec(I32, 16), t, a.bits(_PAIR), b.bits(_PAIR))
+
+
+_PAIR = vec(I32, 16)
+
+
+def _madd256(e: Emitter, t: Value, a: Value, b: Value) -> Value:
+    return t + e.intrinsic("llvm.x86.avx2.pmadd.wd", vec(I32, 8), a, b)
+
+
+def _madd128(e: Emitter, t: Value, a: Value, b: Value) -> Value:
+    return t + e.intrinsic("llvm.x86.sse2.pmadd.wd", vec(I32, 4), a, b)
+
+
+def _maddubs256(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    pairs = e.intrinsic("llvm.x86.avx2.pmadd.ub.sw", vec(I16, 16), u, s)
+    return _madd256(e, t, pairs, e.const(vec(I16, 16), 1))
+
+
+def _maddubs128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    pairs = e.intrinsic("llvm.x86.ssse3.pmadd.ub.sw.128", vec(I16, 8), u, s)
+    return _madd128(e, t, pairs, e.const(vec(I16, 8), 1))
+
+
+def _sdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    return e.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", vec(I32, 4), t, u, s)
+
+
+def half_to_float(e: Emitter, bits: Value) -> Value:
+    """IEEE half precision, given as i16, to float32; exact, subnormals and infinities included."""
+    if e.target.has_half:
+        half = vec(F16, bits.lanes) if bits.lanes > 1 or _is_vector(bits) else F16
+        return bits.bits(half).fpext(F32)
+    # Without the instruction: shift the fields into place and let one exact multiplication mend the exponent.
+    wide = bits.zext(I32)
+    sign = (wide & 0x8000) << 16
+    magnitude = wide & 0x7FFF
+    scaled = (magnitude << 13).bits(_like(bits, F32)) * 2.0**112
+    special = (magnitude << 13) | 0x7F800000
+    body = e.where(magnitude >= 0x7C00, special, scaled.bits(_like(bits, I32)))
+    return (body | sign).bits(_like(bits, F32))
+
+
+def float_to_half(e: Emitter, x: Value) -> Value:
+    """float32 to IEEE half precision as i16, rounded to nearest even; NaN stays NaN, overflow is infinity."""
+    if e.target.has_half:
+        return x.fptrunc(F16).bits(_like(x, I16))
+    wide = x.bits(_like(x, I32))
+    sign = wide & -0x80000000
+    magnitude = wide ^ sign
+    # Subnormal halves: adding 0.5 lets the float adder round at the half's last bit.
+    small = (magnitude.bits(_like(x, F32)) + 0.5).bits(_like(x, I32)) - 0x3F000000
+    odd = magnitude.lsr(13) & 1
+    normal = (magnitude - 0x37FFF001 + odd).lsr(13)
+    big = e.where(magnitude > 0x7F800000, e.const(wide.type, 0x7E00), e.const(wide.type, 0x7C00))
+    out = e.where(magnitude < 0x38800000, small, e.where(magnitude >= 0x47800000, big, normal))
+    return (out | sign.lsr(16)).trunc(I16)
+
+
+def bfloat_to_float(e: Emitter, bits: Value) -> Value:
+    """bfloat16, given as i16, to float32."""
+    return (bits.zext(I32) << 16).bits(_like(bits, F32))
+
+
+def float_to_bfloat(e: Emitter, x: Value) -> Value:
+    """float32 to bfloat16 as i16, rounded to nearest even; NaN is made quiet, as ggml does."""
+    wide = x.bits(_like(x, I32))
+    rounded = (wide + 0x7FFF + (wide.lsr(16) & 1)).lsr(16)
+    quiet = wide.lsr(16) | 64
+    return e.where((wide & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).trunc(I16)
+
+
+def _is_vector(v: Value) -> bool:
+    return hasattr(v.type, "count")
+
+
+def _like(v: Value, element: object) -> object:
+    return vec(element, v.lanes) if _is_vector(v) else element
+
+
+def nearest_int(e: Emitter, x: Value) -> Value:
+    """float32 to i32, halves to even, for magnitudes up to 2**22: the float adder rounds, the bits are read back."""
+    return ((x + 12582912.0).bits(_like(x, I32)) & 0x007FFFFF) - 0x00400000
+
+
+def round_away(e: Emitter, x: Value) -> Value:
+    """float32 to i32, halves away from zero (C's roundf), for magnitudes below 2**23."""
+    whole = x.to_int()
+    rest = x - whole.to_float()
+    return whole + e.where(rest >= 0.5, e.const(whole.type, 1), e.where(rest <= -0.5, e.const(whole.type, -1), 0))
+
+
+# exp(r) on [-ln2/2, ln2/2] by its series to degree 7, highest first; the next term is below 5e-9.
+_EXP = (1.9841270e-4, 1.3888889e-3, 8.3333338e-3, 4.1666668e-2, 1.6666667e-1, 0.5, 1.0, 1.0)
+
+
+def exp(e: Emitter, x: Value) -> Value:
+    """e to the power x, float32 lanes; 0 below -87.3 (also for -inf), infinity above 88.7; NaN is not handled."""
+    low = e.max(x, -104.0)
+    clamped = e.min(low, 89.0)
+    n = e.rint(clamped * 1.4426950408889634)
+    r = e.fma(n, -0.693145751953125, clamped)
+    r = e.fma(n, -1.428606765330187e-06, r)
+    p = e.const(x.type, _EXP[0])
+    for c in _EXP[1:]:
+        p = e.fma(p, r, c)
+    # 2**n in two factors, so that n = 128 and subnormal results do not wrap the exponent field.
+    i = n.to_int()
+    half = i >> 1
+    one = (half + 127) << 23
+    two = (i - half + 127) << 23
+    y = p * one.bits(x.type) * two.bits(x.type)
+    return e.where(x < -87.33654, 0.0, y)
+
+
+def reduce(e: Emitter, v: Value, op: str = "add") -> Value:
+    """All lanes combined ("add", "max", "min") in a fixed tree: lane i with lane i + n/2, and so on."""
+    while v.lanes > 1:
+        half = v.lanes // 2
+        a, b = v.shuffle(range(half)), v.shuffle(range(half, 2 * half))
+        v = a + b if op == "add" else e.max(a, b) if op == "max" else e.min(a, b)
+        if half == 1:
+            return v.lane(0)
+    return v
+
+
+def transpose(e: Emitter, rows: Sequence[Value]) -> list[Value]:
+    """n vectors of n lanes each, n a power of two: result i holds lane i of every row (n log n shuffles)."""
+    n = len(rows)
+    out, step = list(rows), n // 2
+    while step:
+        following = list(out)
+        for i in range(n):
+            if i & step:
+                continue
+            a, b = out[i], out[i + step]
+            low = [j if not j & step else n + (j ^ step) for j in range(n)]
+            high = [(j | step) if not j & step else n + j for j in range(n)]
+            following[i], following[i + step] = a.shuffle(low, b), a.shuffle(high, b)
+        out, step = following, step // 2
+    return out
