@@ -1,1 +1,8 @@
-"""gguf"""
+"""The GGUF file format: types, keys, a reader that trusts nothing, and a streaming writer."""
+
+from phiquant.gguf.header import Field, TensorInfo
+from phiquant.gguf.reader import GGUFFile
+from phiquant.gguf.types import FileType, GGMLType, ValueType
+from phiquant.gguf.writer import GGUFWriter
+
+__all__ = ["Field", "FileType", "GGMLType", "GGUFFile", "GGUFWriter", "TensorInfo", "ValueType"]
