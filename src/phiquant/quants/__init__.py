@@ -1,1 +1,69 @@
-"""quants"""
+"""Block formats: their layouts, the reference quantizers and dequantizers in NumPy.
+
+This is the definition that the compiled quantizers are tested against; it is vectorised across blocks and needs some
+microseconds a block.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from phiquant.errors import UnsupportedError, WeightsError
+from phiquant.gguf.types import GGMLType
+from phiquant.quants import kquants, legacy
+from phiquant.quants.block import Blocks, Bytes, Floats, Format, Plane
+
+__all__ = ["QUANTIZABLE", "Format", "Plane", "block_dtype", "dequantize", "format_of", "quantize"]
+
+_FORMATS = {entry.type: entry for entry in (*legacy.FORMATS, *kquants.FORMATS)}
+
+QUANTIZABLE: frozenset[GGMLType] = frozenset(_FORMATS)
+"""Types that `quantize` and `dequantize` know, the plain float types included."""
+
+
+def format_of(type: GGMLType) -> Format:
+    """Layout, bit planes and conversions of a type; UnsupportedError if this version does not read it."""
+    if type not in _FORMATS:
+        known = ", ".join(entry.name for entry in sorted(_FORMATS))
+        raise UnsupportedError(f"tensors of type {GGMLType(type).name} are not supported; use one of {known}")
+    return _FORMATS[type]
+
+
+def block_dtype(type: GGMLType) -> np.dtype[np.void]:
+    """The structured dtype of one block of the type, fields in file order."""
+    return format_of(type).dtype
+
+
+def dequantize(data: Bytes, type: GGMLType, shape: Sequence[int]) -> Floats:
+    """Values of a tensor as float32 of the given shape, from its bytes (uint8, any shape, contiguous)."""
+    entry = format_of(type)
+    count = int(np.prod(shape, dtype=np.int64))
+    row = int(shape[-1]) if len(shape) else 1
+    if row % type.block_elements or data.size != count // type.block_elements * type.block_bytes:
+        raise WeightsError(f"{data.size} bytes are not a {type.name} tensor of shape {tuple(shape)}")
+    blocks: Blocks = np.ascontiguousarray(data).reshape(-1).view(entry.dtype)
+    with np.errstate(all="ignore"):  # overflow and NaN are the file's own
+        return entry.dequantize(blocks).reshape(tuple(shape))
+
+
+def quantize(x: Floats, type: GGMLType, importance: Floats | None = None) -> Bytes:
+    """Bytes uint8 [..., row_bytes] of float32 values [..., n], optionally weighted by an importance [n] of columns.
+
+    The bytes equal llama.cpp's. Types that take no importance (F32, F16, BF16, Q8_0) ignore it. Values must be finite.
+    """
+    entry = format_of(type)
+    x = np.asarray(x, np.float32)
+    if x.ndim == 0 or x.shape[-1] % type.block_elements:
+        raise WeightsError(
+            f"rows of {x.shape[-1:] or 'no'} values do not fill {type.name} blocks of {type.block_elements}"
+        )
+    n = x.shape[-1]
+    if importance is not None:
+        importance = np.asarray(importance, np.float32)
+        if importance.shape != (n,):
+            raise WeightsError(f"importance of shape {importance.shape} does not fit rows of {n} values")
+    if not x.size:
+        return np.zeros((*x.shape[:-1], type.row_bytes(n)), np.uint8)
+    with np.errstate(all="ignore"):
+        blocks = entry.quantize(np.ascontiguousarray(x).reshape(-1, n), importance)
+    return blocks.view(np.uint8).reshape(*x.shape[:-1], type.row_bytes(n))
