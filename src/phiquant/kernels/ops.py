@@ -10,7 +10,7 @@ whose logits are wanted ("outputs").
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -153,7 +153,7 @@ class MatMul:
 
 @dataclass(frozen=True)
 class RotateStore:
-    """Splits qkv[t] = (q heads, k heads, v heads); rotates q and k by the step's cos and sin; q goes to q_out, k and v to the cache.
+    """Splits qkv[t] into q, k and v heads; rotates q and k; q goes to q_out, k and v to the cache.
 
     For a rotated pair (a, b) = (channel i, channel i + rotary/2): a' = a cos - b sin, b' = b cos + a sin.
     """
@@ -303,7 +303,7 @@ class Step:
         tokens: int32 [n], ids.
         positions: int32 [n], place of each token in its sequence, from 0; ascending within a sequence.
         slots: int32 [n], row of `pages` of each token's sequence; tokens of one sequence are adjacent.
-        pages: int32 [s, p], page numbers of each sequence; the key at position i is in page pages[slot, i // page_tokens].
+        pages: int32 [s, p], page numbers; position i of a sequence is in page pages[slot, i // page_tokens].
         cos, sin: float32 [n, rotary // 2], of each token's rotation, attention factor included.
         outputs: int32 [m], indices of the tokens whose logits are wanted.
     """
@@ -315,7 +315,6 @@ class Step:
     cos: NDArray[np.float32]
     sin: NDArray[np.float32]
     outputs: NDArray[np.int32]
-    threads: int = field(default=0)
 
     def check(self, program: Program, capacity: Capacity) -> None:
         """Refuse whatever would make a kernel reach outside a buffer.
