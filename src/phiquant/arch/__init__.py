@@ -1,1 +1,38 @@
-"""arch"""
+"""Model architectures: hyperparameters and tensor names as GGUF files carry them, one file each; no arithmetic."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from phiquant.arch.phi3 import Phi3Config
+from phiquant.errors import ArchitectureError, GGUFError, UnsupportedError
+from phiquant.gguf import GGUFFile, keys
+
+__all__ = ["ARCHITECTURES", "Phi3Config", "load"]
+
+ARCHITECTURES: Final[Mapping[str, Callable[[GGUFFile], Phi3Config]]] = MappingProxyType({"phi3": Phi3Config.from_gguf})
+"""The known values of `general.architecture`, each with the function that reads its hyperparameters."""
+
+
+def load(gguf: GGUFFile) -> Phi3Config:
+    """The checked hyperparameters of the model in a file.
+
+    ArchitectureError for an unknown architecture, UnsupportedError for a part of a split model, GGUFError where keys
+    and tensors do not make a model.
+    """
+    architecture = gguf.require(keys.ARCHITECTURE, str)
+    read = ARCHITECTURES.get(architecture)
+    if read is None:
+        raise ArchitectureError(
+            f"{gguf.path} is of the architecture {architecture!r:.80}, which is not supported; known: "
+            f"{', '.join(sorted(ARCHITECTURES))}."
+        )
+    parts = gguf.get(keys.SPLIT_COUNT, int, 1)
+    if parts > 1:
+        raise UnsupportedError(
+            f"{gguf.path} is one of the {parts} parts of a split model, which this version does not read; "
+            "merge them with `llama-gguf-split --merge`."
+        )
+    if not gguf.tensors:
+        raise GGUFError(f"{gguf.path} holds a vocabulary and no weights; give a file with the whole model.")
+    return read(gguf)

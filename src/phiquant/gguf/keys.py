@@ -1,12 +1,10 @@
 """The metadata keys that phiquant reads and writes, by the names that llama.cpp gives them.
 
-Keys of an architecture are prefixed by its name: `ArchitectureKeys("phi3").block_count` is "phi3.block_count". Keys that
-start with "phiquant." are this project's own; other readers pass over them.
+Keys of an architecture are prefixed by its name: `ArchitectureKeys("phi3").block_count` is "phi3.block_count". Keys
+that start with "phiquant." are this project's own; other readers pass over them.
 """
 
 from typing import Final
-
-__all__ = ["ArchitectureKeys", "base_model", "chat_template", "dataset"]
 
 # general: what the file is
 ARCHITECTURE: Final = "general.architecture"

@@ -1,0 +1,164 @@
+"""`phiquant inspect`: what a GGUF file says about itself, as tables or as JSON."""
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys
+
+__all__ = ["inspect"]
+
+SHOWN_ITEMS: Final = 8  # of an array
+SHOWN_TEXT: Final = 120  # characters of a string, in the table
+_UNSEEN_WIDTH: Final = 200  # columns when the output goes to a file or a pipe
+
+
+def inspect(path: Path, as_json: bool) -> None:
+    """Print header, metadata, tensor table and totals of a GGUF file to standard output; GGUFError if it is not one.
+
+    Tensor shapes are in GGUF's order (the contiguous extent first) and offsets count from the start of the file. JSON
+    holds the same, with strings in full and the first items of each array beside their count.
+    """
+    with GGUFFile.open(path) as gguf:
+        if as_json:
+            json.dump(_document(gguf), sys.stdout, indent=2, allow_nan=False)
+            sys.stdout.write("\n")
+        else:
+            _print(gguf)
+
+
+def _document(gguf: GGUFFile) -> dict[str, Any]:
+    return {
+        "path": str(gguf.path),
+        "size": gguf.size,
+        "version": gguf.version,
+        "byte_order": gguf.byte_order,
+        "alignment": gguf.alignment,
+        "data_offset": gguf.data_offset,
+        "file_type": _file_type(gguf),
+        "metadata": {key: _field(field) for key, field in gguf.fields.items()},
+        "tensors": [
+            {
+                "name": info.name,
+                "shape": info.shape[::-1],
+                "type": info.type.name,
+                "size": info.nbytes,
+                "offset": gguf.data_offset + info.offset,
+            }
+            for info in gguf.tensors.values()
+        ],
+        "totals": {
+            "tensors": len(gguf.tensors),
+            **_cost(gguf.tensors.values()),
+            "types": {kind.name: {"tensors": len(infos), **_cost(infos)} for kind, infos in _by_type(gguf)},
+        },
+    }
+
+
+def _field(field: Field) -> dict[str, Any]:
+    if field.item_type is None:
+        return {"type": field.type.name, "value": _plain(field.value)}
+    items = [_plain(item) for item in field.head(SHOWN_ITEMS)]
+    shown = {"items": items} if field.count <= SHOWN_ITEMS else {"first_items": items}
+    return {"type": field.type.name, "item_type": field.item_type.name, "count": field.count, **shown}
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has: NaN and infinities become their names."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cost(infos: Iterable[TensorInfo]) -> dict[str, Any]:
+    infos = list(infos)
+    elements = sum(math.prod(info.shape) for info in infos)
+    size = sum(info.nbytes for info in infos)
+    return {"elements": elements, "size": size, "bits_per_weight": round(8 * size / elements, 4) if elements else None}
+
+
+def _by_type(gguf: GGUFFile) -> list[tuple[GGMLType, list[TensorInfo]]]:
+    """The tensors of each type, the types that take the most bytes first."""
+    bytes_of: Counter[GGMLType] = Counter()
+    for info in gguf.tensors.values():
+        bytes_of[info.type] += info.nbytes
+    return [(kind, [i for i in gguf.tensors.values() if i.type is kind]) for kind, _ in bytes_of.most_common()]
+
+
+def _file_type(gguf: GGUFFile) -> str | None:
+    number = gguf.fields.get(keys.FILE_TYPE)
+    if number is None or number.type not in (ValueType.UINT32, ValueType.INT32):
+        return None
+    known = FileType.__members__.values()
+    return next((kind.name for kind in known if kind == number.value), f"unknown ({number.value})")
+
+
+def _print(gguf: GGUFFile) -> None:
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _UNSEEN_WIDTH)
+    header = Table.grid(padding=(0, 2))
+    header.add_row("file", _safe(str(gguf.path)))
+    header.add_row("size", f"{gguf.size:,} bytes")
+    header.add_row("format", f"GGUF {gguf.version}, {gguf.byte_order}-endian, aligned to {gguf.alignment}")
+    header.add_row("file type", _file_type(gguf) or "not stated")
+    console.print(header)
+
+    metadata = _table("key", "type", "value", title=f"Metadata: {len(gguf.fields)} keys")
+    for key, field in gguf.fields.items():
+        kind = field.type.name if field.item_type is None else f"{field.item_type.name} [{field.count:,}]"
+        metadata.add_row(_safe(key), kind, _shown(field))
+    console.print(metadata)
+
+    tensors = _table("name", "shape", "type", "size", "offset", title=f"Tensors: {len(gguf.tensors)}", right=(3, 4))
+    for info in gguf.tensors.values():
+        shape = " x ".join(map(str, info.shape[::-1])) or "1"
+        offset = gguf.data_offset + info.offset
+        tensors.add_row(_safe(info.name), shape, info.type.name, f"{info.nbytes:,}", f"{offset:,}")
+    console.print(tensors)
+
+    totals = _table("type", "tensors", "elements", "bytes", "bits per weight", title="Totals", right=(1, 2, 3, 4))
+    rows = [(kind.name, infos) for kind, infos in _by_type(gguf)]
+    for name, infos in [*rows, ("all", list(gguf.tensors.values()))]:
+        cost = _cost(infos)
+        bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.3f}"
+        totals.add_row(name, f"{len(infos):,}", f"{cost['elements']:,}", f"{cost['size']:,}", bits)
+    console.print(totals)
+
+
+def _table(*columns: str, title: str, right: tuple[int, ...] = ()) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _shown(field: Field) -> Text:
+    if field.item_type is None:
+        value = field.value
+        return _safe(_shortened(value) if isinstance(value, str) else str(value))
+    items = [json.dumps(_shortened(i, 24), ensure_ascii=False) if isinstance(i, str) else str(i) for i in _head(field)]
+    return _safe(", ".join(items) + (", …" if field.count > SHOWN_ITEMS else ""))
+
+
+def _head(field: Field) -> list[Any]:
+    return list(field.head(SHOWN_ITEMS))
+
+
+def _shortened(text: str, limit: int = SHOWN_TEXT) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def _safe(text: str) -> Text:
+    """Text from a file for a terminal: what is not printable is escaped, so that it cannot steer the terminal."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
