@@ -1,8 +1,8 @@
 """Compiling kernels and keeping them: one object file per kernel in the user's cache directory.
 
 A file is named by a hash of every kernel source, llvmlite's version, the target and the kernel's own name, which holds
-all of its parameters; so a hit is always right and nothing is ever invalidated. No pickle: what is read back is an
-ELF/Mach-O/COFF object that LLVM's loader links into the process. The directory must belong to the user with mode 0700,
+all of its parameters; so a hit is always right and nothing is ever invalidated. No pickle: what is read back is a
+checksum and an ELF/Mach-O/COFF object that LLVM's loader links into the process. The directory must belong to the user with mode 0700,
 else compiled kernels stay in memory.
 """
 
@@ -29,6 +29,7 @@ from .target import Target, host
 
 __all__ = ["cache_directory", "emit_assembly", "function", "on_compile"]
 
+_DIGEST = 32  # bytes of SHA-256 before the object
 LIMIT = 256 << 20  # bytes kept in the cache directory; the files used longest ago go first
 
 on_compile: list[Callable[[str], None]] = []
@@ -78,7 +79,6 @@ def _module(symbol: str, arguments: int, body: Callable[..., None], target: Targ
     m.triple, m.data_layout = target.triple, str(machine.target_data)
     f = ir.Function(m, ir.FunctionType(VOID, [I64] * arguments), symbol)
     f.attributes.add("nounwind")
-    # Without this LLVM keeps to 256-bit registers on processors that have 512-bit ones.
     entry = f.append_basic_block("entry")
     b = ir.IRBuilder(f.append_basic_block("body"))
     with b.goto_block(entry):
@@ -100,6 +100,7 @@ def _module(symbol: str, arguments: int, body: Callable[..., None], target: Targ
 
 
 def _prefer_wide(text: str, symbol: str) -> str:
+    """Without this attribute LLVM keeps to 256-bit registers on processors that have 512-bit ones."""
     head, _, tail = text.partition(f'define void @"{symbol}"')
     line, newline, rest = tail.partition("\n")
     return f'{head}define void @"{symbol}"{line} "prefer-vector-width"="512"{newline}{rest}'
@@ -161,9 +162,11 @@ def _read(path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError:
         return None
+    digest, data = content[:_DIGEST], content[_DIGEST:]
+    return data if hashlib.sha256(data).digest() == digest else None  # LLVM's loader crashes on a damaged object
 
 
 def _write(path: Path | None, data: bytes) -> None:
@@ -174,7 +177,7 @@ def _write(path: Path | None, data: bytes) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
         try:
             with os.fdopen(descriptor, "wb") as f:
-                f.write(data)
+                f.write(hashlib.sha256(data).digest() + data)
             Path(temporary).replace(path)
         except BaseException:
             with contextlib.suppress(OSError):

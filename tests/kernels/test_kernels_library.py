@@ -1,0 +1,103 @@
+"""The object cache: what is kept, where, and when it is not trusted."""
+
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phiquant.errors import KernelError
+from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu.emit import I64, Emitter, Value
+from phiquant.kernels.cpu.target import host
+
+pytestmark = pytest.mark.cpu
+
+PROGRAM = """
+import ctypes, sys
+from phiquant.kernels.cpu import library
+library.on_compile.append(lambda name: print("compiled", name))
+def body(e, x):
+    e.store(e.load(x, __import__("phiquant.kernels.cpu.emit", fromlist=["I64"]).I64) * 3, x)
+address = library.function("test.triple", 1, body)
+word = ctypes.c_int64(14)
+ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)(ctypes.addressof(word))
+print(word.value)
+"""
+
+
+def run(cache: Path, **extra: str) -> str:
+    environment = {**os.environ, "PHIQUANT_CACHE_DIR": str(cache), **extra}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+def test_second_start_loads_what_the_first_compiled(tmp_path: Path) -> None:
+    assert run(tmp_path) == "compiled test.triple\n42\n"
+    directory = tmp_path / "kernels"
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert [p.suffix for p in directory.iterdir()] == [".o"]
+    assert run(tmp_path) == "42\n"
+
+
+def test_another_lowering_is_another_file(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert run(tmp_path, PHIQUANT_LOWERING="generic") == "compiled test.triple\n42\n"
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+
+
+def test_a_directory_open_to_others_is_not_trusted(tmp_path: Path) -> None:
+    directory = tmp_path / "kernels"
+    directory.mkdir()
+    directory.chmod(0o777)
+    assert run(tmp_path) == "compiled test.triple\n42\n"
+    assert run(tmp_path) == "compiled test.triple\n42\n"
+    assert not list(directory.iterdir())
+
+
+def test_a_cache_that_cannot_be_made_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("a file where the directory should be")
+    assert run(tmp_path) == "compiled test.triple\n42\n"
+
+
+def test_a_damaged_object_is_compiled_again(tmp_path: Path) -> None:
+    run(tmp_path)
+    (path,) = (tmp_path / "kernels").iterdir()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert run(tmp_path) == "compiled test.triple\n42\n"
+    assert run(tmp_path) == "42\n"
+
+
+def test_the_directory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(10):
+        (tmp_path / f"{i}.o").write_bytes(bytes(1000))
+        os.utime(tmp_path / f"{i}.o", (i, i))
+    monkeypatch.setattr(library, "LIMIT", 3500)
+    library._trim(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["7.o", "8.o", "9.o"]
+
+
+def test_unknown_and_missing_lowerings_are_named() -> None:
+    with pytest.raises(KernelError, match="nonsense"):
+        host("nonsense")
+    with pytest.raises(KernelError, match="lacks the lowering"):
+        host("neon" if host().lowering != "neon" else "sse41")
+
+
+def test_one_name_is_compiled_once() -> None:
+    calls = []
+
+    def body(e: Emitter, x: Value) -> None:
+        calls.append(x)
+        e.store(e.load(x, I64) + 1, x)
+
+    first = library.function(f"test.once.{os.getpid()}", 1, body)
+    assert library.function(f"test.once.{os.getpid()}", 1, body) == first
+    assert len(calls) == 1
+    word = ctypes.c_int64(1)
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(first)(ctypes.addressof(word))
+    assert word.value == 2
