@@ -2,8 +2,8 @@
 
 A file is named by a hash of every kernel source, llvmlite's version, the target and the kernel's own name, which holds
 all of its parameters; so a hit is always right and nothing is ever invalidated. No pickle: what is read back is a
-checksum and an ELF/Mach-O/COFF object that LLVM's loader links into the process. The directory must belong to the user with mode 0700,
-else compiled kernels stay in memory.
+checksum and an ELF/Mach-O/COFF object that LLVM's loader links into the process. The directory must belong to the user
+with mode 0700, else compiled kernels stay in memory.
 """
 
 from __future__ import annotations
