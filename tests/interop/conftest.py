@@ -1,0 +1,120 @@
+"""llama.cpp as an oracle: it lives in a virtual environment of its own and is called in subprocesses."""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiquant"
+PYTHON = Path(os.environ.get("PHIQUANT_INTEROP_PYTHON", HOME / "interop/bin/python"))
+SOURCE = Path(os.environ.get("PHIQUANT_LLAMA_CPP_SOURCE", HOME / "llama.cpp"))
+
+_EVALUATE = """
+import ctypes, json, sys
+import numpy as np, llama_cpp as L
+job = json.loads(sys.argv[1])
+quiet = L.llama_log_callback(lambda level, text, data: None)
+L.llama_log_set(quiet, ctypes.c_void_p(0))
+mp = L.llama_model_default_params()
+model = L.llama_model_load_from_file(job["model"].encode(), mp)
+assert model, "llama.cpp refuses the file"
+cp = L.llama_context_default_params()
+cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = job["context"], 512, 512, 2, 2
+ctx = L.llama_init_from_model(model, cp)
+vocab = L.llama_model_get_vocab(model)
+n_vocab = L.llama_vocab_n_tokens(vocab)
+out = []
+for start in range(0, len(job["ids"]), 512):
+    part = job["ids"][start:start + 512]
+    batch = L.llama_batch_init(len(part), 0, 1)
+    batch.n_tokens = len(part)
+    for i, token in enumerate(part):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, 1
+        batch.seq_id[i][0] = 0
+    assert L.llama_decode(ctx, batch) == 0
+    for i in range(len(part)):
+        out.append(np.ctypeslib.as_array(L.llama_get_logits_ith(ctx, i), shape=(n_vocab,)).copy())
+np.save(job["out"], np.stack(out))
+"""
+
+_QUANTIZE = """
+import ctypes, json, sys
+import llama_cpp as L
+job = json.loads(sys.argv[1])
+quiet = L.llama_log_callback(lambda level, text, data: None)
+L.llama_log_set(quiet, ctypes.c_void_p(0))
+p = L.llama_model_quantize_default_params()
+p.ftype, p.nthread = job["ftype"], 2
+p.pure, p.allow_requantize = job.get("pure", False), True
+assert L.llama_model_quantize(job["source"].encode(), job["out"].encode(), ctypes.byref(p)) == 0
+"""
+
+_TOKENIZE = """
+import ctypes, json, sys
+import llama_cpp as L
+job = json.loads(sys.argv[1])
+quiet = L.llama_log_callback(lambda level, text, data: None)
+L.llama_log_set(quiet, ctypes.c_void_p(0))
+mp = L.llama_model_default_params()
+mp.vocab_only = True
+model = L.llama_model_load_from_file(job["model"].encode(), mp)
+vocab = L.llama_model_get_vocab(model)
+out = []
+for text in job["texts"]:
+    raw = text.encode()
+    room = (L.llama_token * (len(raw) + 16))()
+    n = L.llama_tokenize(vocab, raw, len(raw), room, len(room), job["bos"], job["special"])
+    out.append(list(room[:n]))
+print(json.dumps(out))
+"""
+
+
+class LlamaCpp:
+    """What the tests ask of llama.cpp."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.calls = directory, 0
+
+    def _run(self, program: str, **job: object) -> str:
+        done = subprocess.run(
+            [PYTHON, "-c", program, json.dumps(job)], capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    def logits(self, model: Path, ids: Sequence[int], context: int = 1024) -> NDArray[np.float32]:
+        """One row for each token."""
+        self.calls += 1
+        out = self.directory / f"logits-{self.calls}.npy"
+        self._run(_EVALUATE, model=str(model), ids=[int(i) for i in ids], context=context, out=str(out))
+        return np.load(out)
+
+    def quantize(self, source: Path, ftype: int, *, pure: bool = False) -> Path:
+        """llama-quantize's own file."""
+        self.calls += 1
+        out = self.directory / f"quantized-{self.calls}-{ftype}.gguf"
+        self._run(_QUANTIZE, source=str(source), ftype=int(ftype), pure=pure, out=str(out))
+        return out
+
+    def tokenize(self, model: Path, texts: Sequence[str], *, special: bool = True, bos: bool = False) -> list[list[int]]:
+        """Ids of each text."""
+        return json.loads(self._run(_TOKENIZE, model=str(model), texts=list(texts), special=special, bos=bos))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    if not PYTHON.exists():
+        pytest.skip(f"llama.cpp is not installed at {PYTHON}; `make interop` builds it")
+    return LlamaCpp(tmp_path_factory.mktemp("llama-cpp"))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_source() -> Path:
+    if not (SOURCE / "convert_hf_to_gguf.py").exists():
+        pytest.skip(f"llama.cpp's source is not at {SOURCE}; `make interop` unpacks it")
+    return SOURCE
