@@ -1,1 +1,20 @@
-"""cli"""
+"""The command line: one file per verb, imported when the verb is used."""
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Entry point of the `phiquant` script: runs the verb named by the arguments, then exits with its status.
+
+    0 success, 1 an error told in one sentence, 2 wrong usage, 130 interrupted by Ctrl-C, 141 the reader of the output
+    went away.
+    """
+    import sys
+
+    try:
+        from .app import run
+
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

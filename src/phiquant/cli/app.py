@@ -1,0 +1,119 @@
+"""Finding the verb, parsing its arguments, and turning whatever it raises into a sentence and an exit status.
+
+Only the module of the verb that is used is imported, so that `phiquant run` does not pay for the converter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .failures import is_usage_error, report, silence_output, usage_sentence
+
+__all__ = ["PROGRAM", "VERBS", "command", "run"]
+
+PROGRAM = "phiquant"
+
+VERBS = {
+    "convert": "Convert a Hugging Face checkpoint to GGUF.",
+    "quantize": "Quantize a GGUF file or a checkpoint, in one step.",
+    "run": "Generate text, or chat, with a GGUF model.",
+    "inspect": "Show what a GGUF file holds.",
+    "doctor": "Show what this machine offers and what phiquant makes of it.",
+}
+"""Name and summary of every verb; `commands` has a function of the same name."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command line and returns the exit status; nothing but KeyboardInterrupt and SystemExit leaves it."""
+    arguments = list(arguments)
+    debug = bool(os.environ.get("PHIQUANT_DEBUG"))
+    if "--debug" in arguments[: arguments.index("--") if "--" in arguments else None]:
+        arguments.remove("--debug")
+        debug = True
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        silence_output()
+        return 141
+    except Exception as error:
+        return report(error, debug=debug)
+
+
+def command(verb: str) -> Any:
+    """The parsed form of a verb: typer's command object, with `params`, `help` and `main`."""
+    import typer
+
+    from . import commands
+
+    app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+    function: Callable[..., Any] = getattr(commands, verb)
+    app.command(name=verb, help=function.__doc__, context_settings={"help_option_names": ["-h", "--help"]})(function)
+    return typer.main.get_command(app)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        if len(arguments) > 1 and arguments[0] == "help" and arguments[1] in VERBS:
+            return _dispatch([arguments[1], "--help"])
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version", "version"):
+        from .. import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        return _unknown(verb)
+    try:
+        status = command(verb).main(
+            args=hyphenated(rest), prog_name=f"{PROGRAM} {verb}", standalone_mode=False, windows_expand_args=False
+        )
+    except Exception as error:
+        if not is_usage_error(error):
+            raise
+        print(f"{PROGRAM}: error: {usage_sentence(error)} (see {PROGRAM} {verb} --help)", file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def overview() -> str:
+    """What `phiquant --help` prints."""
+    width = max(map(len, VERBS))
+    lines = [f"usage: {PROGRAM} VERB [OPTIONS] ...", "", "Convert, quantize and run Microsoft Phi models as GGUF.", ""]
+    lines += [f"  {name:<{width}}  {summary}" for name, summary in VERBS.items()]
+    lines += [
+        "",
+        f"`{PROGRAM} VERB --help` lists a verb's options; `{PROGRAM} --version` prints the version.",
+        "`--debug` (or PHIQUANT_DEBUG=1) adds the traceback to an error.",
+    ]
+    return "\n".join(lines)
+
+
+def hyphenated(arguments: Sequence[str]) -> list[str]:
+    """Long options with hyphens for underscores (`--ctx_size`), as llama.cpp accepts them; values stay as they are."""
+    result: list[str] = []
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return [*result, *arguments[i:]]
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and name[2:].replace("_", "").replace("-", "").isalnum():
+            argument = name.replace("_", "-") + equals + value
+        result.append(argument)
+    return result
+
+
+def _unknown(verb: str) -> int:
+    kind = "option" if verb.startswith("-") else "verb"
+    near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
+    print(f"{PROGRAM}: error: no {kind} {verb!r}; {hint}", file=sys.stderr)
+    return 2

@@ -1,0 +1,113 @@
+"""How each verb reads its arguments: names, defaults and help; the bodies are in the file named after the verb.
+
+Names and defaults of `run` are llama-cli's, those of `quantize` llama-quantize's.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+__all__ = ["convert", "doctor", "inspect", "quantize", "run"]
+
+Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
+
+
+def run(
+    path: Annotated[str | None, Argument(metavar="[MODEL]", help="The GGUF file, if --model is not given.")] = None,
+    model: Annotated[str | None, Option("--model", "-m", metavar="FILE", help="The GGUF file.")] = None,
+    prompt: Annotated[
+        str | None,
+        Option("--prompt", "-p", metavar="TEXT", help="The first message of the chat, or the text to be continued."),
+    ] = None,
+    file: Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")] = None,
+    system_prompt: Annotated[
+        str | None, Option("--system-prompt", "-sys", metavar="TEXT", help="The system message of the chat.")
+    ] = None,
+    n_predict: Annotated[
+        int,
+        Option("--n-predict", "--predict", "-n", metavar="N", help="Tokens to generate at most; -1: until the end."),
+    ] = -1,
+    ctx_size: Annotated[
+        int, Option("--ctx-size", "-c", metavar="N", min=0, help="Tokens kept in mind; 0: all that the model can.")
+    ] = 4096,
+    threads: Annotated[
+        int, Option("--threads", "-t", metavar="N", help="Processor threads; 0 or less: one per physical core.")
+    ] = 0,
+    gpu_layers: Annotated[
+        str,
+        Option("--gpu-layers", "--n-gpu-layers", "-ngl", metavar="N", help="Layers on the GPU, if a backend has one."),
+    ] = "auto",
+    temp: Annotated[
+        float, Option("--temp", "--temperature", metavar="T", min=0, help="Randomness; 0: always the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int, Option("--top-k", metavar="N", help="Keep the N likeliest tokens; 0: all.")] = 40,
+    top_p: Annotated[
+        float, Option("--top-p", metavar="P", min=0, max=1, help="Keep the likeliest with this share; 1: all.")
+    ] = 0.95,
+    min_p: Annotated[
+        float, Option("--min-p", metavar="P", min=0, max=1, help="Drop what is rarer than P times the likeliest.")
+    ] = 0.05,
+    repeat_penalty: Annotated[
+        float, Option("--repeat-penalty", metavar="X", help="Divide the score of recent tokens; 1: do not.")
+    ] = 1.0,
+    seed: Annotated[int, Option("--seed", "-s", metavar="N", help="For the same text again; -1: a random one.")] = -1,
+    conversation: Annotated[
+        bool | None,
+        Option(
+            "--conversation/--no-conversation",
+            "-cnv/-no-cnv",
+            help="Chat, or continue the prompt as it is; by default a chat if the model has a chat template.",
+        ),
+    ] = None,
+    single_turn: Annotated[bool, Option("--single-turn", "-st", help="End after one reply.")] = False,
+    escape: Annotated[
+        bool,
+        Option("--escape/--no-escape", "--escapes/--no-escapes", "-e", help=r"Replace \n, \t, \xC3 ... in the prompt."),
+    ] = True,
+    display_prompt: Annotated[
+        bool, Option("--display-prompt/--no-display-prompt", help="Repeat the prompt before its continuation.")
+    ] = True,
+    verbose_prompt: Annotated[bool, Option("--verbose-prompt", help="List the prompt's tokens on stderr.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+) -> int:
+    """Generate text, or chat, with a GGUF model."""
+    from . import run as body
+
+    options = body.RunOptions(
+        model=body.chosen_model(path, model),
+        prompt=prompt,
+        file=file,
+        system_prompt=system_prompt,
+        n_predict=n_predict,
+        ctx_size=ctx_size,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+        conversation=conversation,
+        single_turn=single_turn,
+        escape=escape,
+        display_prompt=display_prompt,
+        verbose_prompt=verbose_prompt,
+        quiet=quiet,
+    )
+    return body.run(options)
+
+
+def inspect(file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file.")], as_json: Json = False) -> None:
+    """Show what a GGUF file holds: header, metadata, tensors, totals."""
+    from . import inspect as body
+
+    body.inspect(file, as_json)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine offers and what phiquant makes of it: processor, kernels, threads, caches, backends."""
+    from . import doctor as body
+
+    body.doctor(as_json)
