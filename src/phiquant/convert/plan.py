@@ -1,0 +1,146 @@
+"""What a conversion will do, decided before a byte is written: types, metadata, output path, exact size."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phiquant.convert.entries import Entry
+from phiquant.convert.filetypes import Target, parse_file_type
+from phiquant.convert.overrides import apply_overrides
+from phiquant.convert.recipes import (
+    Options,
+    PlannedTensor,
+    Tensor,
+    check_requantization,
+    plan_conversion,
+    plan_quantization,
+)
+from phiquant.convert.source import CheckpointSource, GGUFSource, model_of
+from phiquant.gguf import FileType, GGMLType, ValueType
+
+__all__ = ["Plan", "plan_convert", "plan_quantize"]
+
+_ALIGNMENT = 32
+_CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
+_SCALAR_BYTES = {
+    ValueType.UINT8: 1,
+    ValueType.INT8: 1,
+    ValueType.BOOL: 1,
+    ValueType.UINT16: 2,
+    ValueType.INT16: 2,
+    ValueType.UINT32: 4,
+    ValueType.INT32: 4,
+    ValueType.FLOAT32: 4,
+    ValueType.UINT64: 8,
+    ValueType.INT64: 8,
+    ValueType.FLOAT64: 8,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An output file in every detail; `tensors` in the file's order."""
+
+    source: CheckpointSource | GGUFSource
+    target: Target
+    path: Path
+    tensors: Sequence[PlannedTensor]
+    entries: Sequence[Entry]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file: header, tensors, padding."""
+        header = 24 + sum(_entry_bytes(entry) for entry in self.entries)
+        header += sum(24 + len(t.name.encode()) + 8 * len(t.shape) for t in self.tensors)
+        return _padded(header) + sum(_padded(tensor.nbytes) for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of tensor data for each parameter."""
+        return 8 * sum(tensor.nbytes for tensor in self.tensors) / sum(t.rows * t.shape[-1] for t in self.tensors)
+
+    @property
+    def inventory(self) -> dict[GGMLType, int]:
+        """How many tensors have each type, most frequent first."""
+        return dict(Counter(tensor.type for tensor in self.tensors).most_common())
+
+
+def plan_convert(source: CheckpointSource, outtype: str, path: Path | None) -> Plan:
+    """Plan `phiquant convert`: auto, f32, f16, bf16, q8_0 by the converter's rules, other types by llama-quantize's."""
+    name = outtype.strip().lower()
+    if name == "auto":
+        name = _usual_type(source.tensors)
+    if name not in _CONVERTER_TYPES:
+        return plan_quantize(source, parse_file_type(outtype), path, Options())
+    target = Target(FileType[name.upper()])
+    planned = plan_conversion(source.tensors, GGMLType[name.upper()])
+    return Plan(source, target, _output(source, target, path), planned, source.entries(target.file_type))
+
+
+def plan_quantize(
+    source: CheckpointSource | GGUFSource,
+    target: Target,
+    path: Path | None,
+    options: Options,
+    *,
+    overrides: Iterable[Entry] = (),
+    allow_requantize: bool = False,
+) -> Plan:
+    """Plan `phiquant quantize`. A checkpoint is planned as if it had been converted without loss first."""
+    tensors = source.tensors
+    if isinstance(source, CheckpointSource):
+        tensors = [Tensor(t.name, t.shape, _lossless(t)) for t in tensors]
+    entries = apply_overrides(source.entries(target.file_type), overrides)
+    planned = plan_quantization(tensors, target, model_of(entries, str(source.files[0])), options)
+    if not allow_requantize:
+        check_requantization(planned)
+    stored = {tensor.name: tensor.type for tensor in source.tensors}
+    planned = [replace(tensor, source=stored[tensor.name]) for tensor in planned]
+    return Plan(source, target, _output(source, target, path), planned, entries)
+
+
+def _lossless(tensor: Tensor) -> GGMLType:
+    """The type in which a converter keeps a checkpoint's tensor: vectors in F32, others as stored."""
+    stored = GGMLType.F32 if tensor.type is GGMLType.F64 else tensor.type
+    return plan_conversion([tensor], stored)[0].type
+
+
+def _usual_type(tensors: Iterable[Tensor]) -> str:
+    """`auto`: the type of the first matrix in 16 bits, else f16."""
+    for tensor in tensors:
+        if len(tensor.shape) > 1 and tensor.type in (GGMLType.BF16, GGMLType.F16):
+            return tensor.type.name.lower()
+    return "f16"
+
+
+def _output(source: CheckpointSource | GGUFSource, target: Target, path: Path | None) -> Path:
+    """The given path, or NAME-TYPE.gguf: in the given directory, beside a GGUF source, or in the current directory."""
+    if path is not None and not path.is_dir():
+        return path
+    name = source.name
+    stem, hyphen, last = name.rpartition("-")
+    if isinstance(source, GGUFSource) and hyphen and last.upper() in FileType.__members__:
+        name = stem  # model-F16.gguf becomes model-Q4_K_M.gguf
+    folder = path or (source.files[0].parent if isinstance(source, GGUFSource) else Path())
+    return folder / f"{name}-{target.name}.gguf"
+
+
+def _padded(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+def _entry_bytes(entry: Entry) -> int:
+    """Bytes of a key in the header: length and text of the key, type, value."""
+    return 8 + len(entry.key.encode()) + 4 + _value_bytes(entry)
+
+
+def _value_bytes(entry: Entry) -> int:
+    if entry.type is ValueType.STRING:
+        return 8 + len(entry.value.encode())
+    if entry.type is not ValueType.ARRAY:
+        return _SCALAR_BYTES[entry.type]
+    if entry.item_type is ValueType.STRING:
+        return 12 + sum(8 + len(item.encode()) for item in entry.value)
+    assert entry.item_type is not None
+    return 12 + _SCALAR_BYTES[entry.item_type] * len(entry.value)

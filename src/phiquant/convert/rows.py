@@ -1,0 +1,57 @@
+"""Rows of one type to rows of another, with a check for NaN and infinity that costs next to nothing."""
+
+import numpy as np
+import numpy.typing as npt
+
+from phiquant import quants
+from phiquant.gguf.types import GGMLType
+
+__all__ = ["convert_rows", "first_bad_row"]
+
+_Bytes = npt.NDArray[np.uint8]
+
+# The bits of infinity as a number: NaN and infinity are all that reach it. As signed integers, positive values are
+# compared; as unsigned ones, negative values: two reductions and no temporary array.
+_INFINITY = {
+    GGMLType.F32: (4, 0x7F800000),
+    GGMLType.F16: (2, 0x7C00),
+    GGMLType.BF16: (2, 0x7F80),
+    GGMLType.F64: (8, 0x7FF << 52),
+}
+_HALF_SCALES = (2, 0x7C00)
+
+
+def convert_rows(data: _Bytes, source: GGMLType, target: GGMLType, rows: int, columns: int) -> _Bytes:
+    """Return the bytes of `rows` rows as `target`, by way of float32; `data` holds them as `source`, contiguous."""
+    if source is target:
+        return data
+    if source is GGMLType.F64:
+        with np.errstate(over="ignore"):
+            values = data.view("<f8").astype(np.float32)
+    else:
+        values = quants.dequantize(data, source, (rows * columns,))
+    return quants.quantize(values.reshape(rows, columns), target).reshape(-1)
+
+
+def first_bad_row(data: _Bytes, kind: GGMLType, rows: int) -> int | None:
+    """Return the first of `rows` rows that holds NaN or infinity (quantized: as a block's scale), else None."""
+    if not data.size:
+        return None
+    if kind in _INFINITY:
+        width, infinity = _INFINITY[kind]
+        fields = [data.view(f"<u{width}").reshape(rows, -1)]
+    else:
+        width, infinity = _HALF_SCALES
+        layout = quants.block_dtype(kind)
+        blocks = data.view(layout).reshape(rows, -1)
+        fields = [blocks[name].view("<u2") for name in layout.names or () if layout[name].base == np.dtype("<f2")]
+    for bits in fields:
+        if _has_bad(bits, width, infinity):
+            bad = (bits & ((1 << (8 * width - 1)) - 1)) >= infinity
+            return int(np.argmax(bad.reshape(rows, -1).any(axis=1)))
+    return None
+
+
+def _has_bad(bits: npt.NDArray[np.unsignedinteger], width: int, infinity: int) -> bool:
+    sign = 1 << (8 * width - 1)
+    return bool(bits.view(f"<i{width}").max() >= infinity or bits.max() >= sign | infinity)

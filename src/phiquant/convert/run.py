@@ -1,0 +1,198 @@
+"""The streaming run: rows are read, converted and written in chunks by a few threads, whatever the size of the model.
+
+A thread holds one chunk of the source and its conversion at a time, so memory is bounded by a constant. The output gets
+its name only when every byte is written.
+"""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from phiquant.convert.entries import Entry
+from phiquant.convert.filetypes import Target, parse_file_type
+from phiquant.convert.plan import Plan, plan_convert, plan_quantize
+from phiquant.convert.recipes import Options, PlannedTensor
+from phiquant.convert.rows import convert_rows, first_bad_row
+from phiquant.convert.source import CheckpointSource, open_source
+from phiquant.errors import RequestError, WeightsError
+from phiquant.gguf import GGMLType, GGUFWriter
+
+__all__ = ["Progress", "Report", "convert", "execute", "quantize"]
+
+_CHUNK_BYTES = 2 << 20  # of the source, at least one row: stays in the second-level cache with its conversion
+_MAX_THREADS = 512
+
+
+class Progress(Protocol):
+    """Told what happens; called by one thread at a time."""
+
+    def planned(self, plan: Plan) -> None:
+        """The run begins."""
+
+    def advanced(self, source_bytes: int, tensor: str) -> None:
+        """So many more bytes of the source, of that tensor, are done."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done: the plan and the seconds it took."""
+
+    plan: Plan
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    tensor: PlannedTensor
+    row: int
+    rows: int
+
+
+def convert(
+    model: str | Path,
+    outfile: str | Path | None = None,
+    outtype: str = "auto",
+    *,
+    threads: int | None = None,
+    keep_nan: bool = False,
+    progress: Progress | None = None,
+    quiet: bool = False,
+) -> Report:
+    """Convert a Hugging Face checkpoint (directory or repository id) to GGUF.
+
+    `outtype`: auto (as stored), f32, f16, bf16, q8_0, or any file type of `quantize`. Errors: CheckpointError,
+    ArchitectureError, WeightsError (NaN or infinity without `keep_nan`), OutputError, RequestError.
+    """
+    if Path(model).is_file():
+        raise RequestError(
+            f"{model} is a file; `convert` takes a checkpoint's directory or a repository id, `quantize` a GGUF file."
+        )
+    with open_source(model, quiet=quiet) as source:
+        if not isinstance(source, CheckpointSource):
+            raise RequestError(f"{model} is a GGUF file already; use `quantize` to change its type.")
+        plan = plan_convert(source, outtype, Path(outfile) if outfile is not None else None)
+        return execute(plan, threads=threads, keep_nan=keep_nan, progress=progress)
+
+
+def quantize(
+    model: str | Path,
+    outfile: str | Path | None,
+    filetype: str | Target,
+    options: Options | None = None,
+    *,
+    overrides: Iterable[Entry] = (),
+    allow_requantize: bool = False,
+    threads: int | None = None,
+    keep_nan: bool = False,
+    progress: Progress | None = None,
+    quiet: bool = False,
+) -> Report:
+    """Quantize a GGUF file, a checkpoint or a repository in one step; `outfile` None: a name with the type in it."""
+    target = filetype if isinstance(filetype, Target) else parse_file_type(filetype)
+    with open_source(model, quiet=quiet) as source:
+        plan = plan_quantize(
+            source,
+            target,
+            Path(outfile) if outfile is not None else None,
+            options or Options(),
+            overrides=overrides,
+            allow_requantize=allow_requantize,
+        )
+        return execute(plan, threads=threads, keep_nan=keep_nan, progress=progress)
+
+
+def execute(
+    plan: Plan, *, threads: int | None = None, keep_nan: bool = False, progress: Progress | None = None
+) -> Report:
+    """Carry out a plan whose source is open. `threads`: None or 0 takes one for each core."""
+    count = threads or os.cpu_count() or 1
+    if not 0 < count <= _MAX_THREADS:
+        raise RequestError(f"{count} threads were asked for; 1 to {_MAX_THREADS} are possible.")
+    started = perf_counter()
+    with GGUFWriter(plan.path, protect=plan.source.files) as writer:
+        for entry in plan.entries:
+            writer.add(entry.key, entry.value, entry.type, entry.item_type)
+        for tensor in plan.tensors:
+            writer.add_tensor(tensor.name, tensor.shape, tensor.type)
+        writer.begin()
+        if progress is not None:
+            progress.planned(plan)
+        _Run(plan, writer, keep_nan, progress).join(count)
+        writer.commit()
+    return Report(plan, perf_counter() - started)
+
+
+class _Run:
+    """Threads that take chunks from one list until it is empty or something fails."""
+
+    def __init__(self, plan: Plan, writer: GGUFWriter, keep_nan: bool, progress: Progress | None) -> None:
+        self._source = plan.source
+        self._writer = writer
+        self._keep_nan = keep_nan
+        self._progress = progress
+        self._chunks = _chunks(plan.tensors)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def join(self, threads: int) -> None:
+        """Run to the end in `threads` threads; the first error, Ctrl-C included, stops them all and is raised."""
+        with ThreadPoolExecutor(threads, "phiquant-convert") as pool:
+            workers = [pool.submit(self._work) for _ in range(threads)]
+            try:
+                for worker in as_completed(workers):
+                    worker.result()
+            except BaseException:
+                self._stop.set()
+                raise
+
+    def _work(self) -> None:
+        buffer = np.empty(0, np.uint8)
+        while not self._stop.is_set():
+            with self._lock:
+                chunk = next(self._chunks, None)
+            if chunk is None:
+                return
+            tensor = chunk.tensor
+            row_bytes = tensor.source.row_bytes(tensor.shape[-1])
+            size = chunk.rows * row_bytes
+            if buffer.size < size:
+                buffer = np.empty(size, np.uint8)
+            data = buffer[:size]
+            self._source.read_into(tensor.name, chunk.row * row_bytes, data)
+            self._refuse_bad(chunk, data, tensor.source, "holds NaN or infinity")
+            converted = convert_rows(data, tensor.source, tensor.type, chunk.rows, tensor.shape[-1])
+            if tensor.type is not tensor.source:
+                self._refuse_bad(chunk, converted, tensor.type, f"holds values too large for {tensor.type.name}")
+            self._writer.write(tensor.name, converted, chunk.row * tensor.type.row_bytes(tensor.shape[-1]))
+            if self._progress is not None:
+                with self._lock:
+                    self._progress.advanced(size, tensor.name)
+
+    def _refuse_bad(
+        self, chunk: _Chunk, data: np.ndarray[tuple[int], np.dtype[np.uint8]], kind: GGMLType, problem: str
+    ) -> None:
+        if self._keep_nan:
+            return
+        row = first_bad_row(data, kind, chunk.rows)
+        if row is not None:
+            remedy = (
+                "choose bf16 or f32, or " if "large" in problem else "the checkpoint is damaged; download it again, or "
+            )
+            raise WeightsError(
+                f"Tensor {chunk.tensor.name} {problem} in row {chunk.row + row}; {remedy}pass --keep-nan to go on."
+            )
+
+
+def _chunks(tensors: Iterable[PlannedTensor]) -> Iterator[_Chunk]:
+    """Every row of every tensor, in order, in pieces of about _CHUNK_BYTES of the source."""
+    for tensor in tensors:
+        step = max(1, _CHUNK_BYTES // tensor.source.row_bytes(tensor.shape[-1]))
+        for row in range(0, tensor.rows, step):
+            yield _Chunk(tensor, row, min(step, tensor.rows - row))

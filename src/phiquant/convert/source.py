@@ -1,0 +1,232 @@
+"""One view of all that can be quantized: tensors under GGUF names and metadata, from a checkpoint or a GGUF file."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+import phiquant
+from phiquant.convert import hub, phi3
+from phiquant.convert.checkpoint import Checkpoint
+from phiquant.convert.entries import Entry, string, uint32
+from phiquant.convert.metadata import general_metadata, model_name, read_model_card
+from phiquant.convert.positioned import PositionedFile
+from phiquant.convert.recipes import Model, Tensor
+from phiquant.convert.safetensors import StoredTensor
+from phiquant.convert.vocabulary import TokenizerFiles, strips_whitespace, tokenizer_keys
+from phiquant.errors import ArchitectureError, CheckpointError, GGUFError, UnsupportedError
+from phiquant.gguf import GGMLType, GGUFFile, keys
+
+__all__ = ["CheckpointSource", "GGUFSource", "Source", "model_of", "open_source"]
+
+QUANTIZATION_VERSION = 2
+VERSION_KEY = "phiquant.version"
+
+_DTYPES = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16, "F64": GGMLType.F64}
+_Bytes = npt.NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """Tensors and metadata to read from. `tensors` are in the source's order, types as stored."""
+
+    name: str  # of the model, for the name of the output
+    files: Sequence[Path]  # what is read, and so may not be written
+    tensors: Sequence[Tensor]
+
+    def entries(self, file_type: int | None) -> list[Entry]:
+        """Return the metadata of an output of that file type; None keeps the source's own."""
+
+    def read_into(self, tensor: str, begin: int, target: _Bytes) -> None:
+        """Fill `target` with a tensor's bytes as stored, from byte `begin` on; safe from several threads."""
+
+    def close(self) -> None:
+        """Close the files."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_source(model: str | Path, *, quiet: bool = False) -> "CheckpointSource | GGUFSource":
+    """Open a GGUF file, a checkpoint directory, or a repository id of the Hub (fetched first)."""
+    path = Path(model)
+    if path.is_file():
+        return GGUFSource(path)
+    resolved = hub.resolve(model, quiet=quiet)
+    return GGUFSource(resolved) if resolved.is_file() else CheckpointSource(resolved)
+
+
+def model_of(entries: Sequence[Entry], origin: str) -> Model:
+    """What the mixing rules ask of a model, from its metadata; GGUFError if a key is missing or no positive number."""
+    values = {entry.key: entry for entry in entries}
+    architecture = values[keys.ARCHITECTURE].value if keys.ARCHITECTURE in values else None
+    if architecture != phi3.ARCHITECTURE:
+        raise ArchitectureError(
+            f"{origin} has the architecture {str(architecture)[:60]!r}; known are {phi3.ARCHITECTURE}."
+        )
+
+    names = keys.ArchitectureKeys(architecture)
+
+    def count(key: str, default: int | None = None) -> int:
+        entry = values.get(key)
+        value = default if entry is None else entry.value
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise GGUFError(f"{origin} lacks a positive whole number {key}; it is damaged, so convert the model again.")
+        return value
+
+    heads = count(names.head_count)
+    return Model(count(names.block_count), heads, count(names.head_count_kv, heads))
+
+
+class CheckpointSource:
+    """A Hugging Face checkpoint under GGUF names."""
+
+    def __init__(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        self._checkpoint = checkpoint = Checkpoint.open(directory)
+        try:
+            self.name = model_name(directory)
+            self.files: Sequence[Path] = sorted({stored.file for stored in checkpoint.tensors.values()})
+            self._settings = phi3.Settings.from_config(checkpoint.config)
+            names = phi3.tensor_names(self._settings, checkpoint.tensors)
+            self._stored = {gguf: checkpoint.tensors[name] for name, gguf in names.items()}
+            self._factors = _factor_tensors(self._settings)
+            self.tensors: Sequence[Tensor] = [
+                *(Tensor(name, (len(data) // 4,), GGMLType.F32) for name, data in self._factors.items()),
+                *(Tensor(name, stored.shape, _type_of(stored)) for name, stored in self._stored.items()),
+            ]
+            files = TokenizerFiles.read(directory, checkpoint.config)
+            self._tokenizer = tokenizer_keys(files, self._settings.vocab_size)
+            self._general = self._describe(strips=strips_whitespace(files))
+        except BaseException:
+            checkpoint.close()
+            raise
+
+    def _describe(self, strips: bool) -> list[Entry]:
+        checkpoint = self._checkpoint
+        entries = general_metadata(
+            phi3.ARCHITECTURE,
+            self.name,
+            read_model_card(checkpoint.text("README.md")),
+            checkpoint.config,
+            checkpoint.json("generation_config.json") or {},
+            parameters=sum(math.prod(tensor.shape) for tensor in self.tensors),
+        )
+        return [_phi3_named(entry) if strips and entry.key == keys.NAME else entry for entry in entries]
+
+    def entries(self, file_type: int | None) -> list[Entry]:
+        """Everything llama.cpp's converter writes, then our own keys."""
+        kind = self._own_file_type() if file_type is None else file_type
+        return [
+            *self._general,
+            *phi3.architecture_keys(self._settings),
+            uint32(keys.FILE_TYPE, kind),
+            uint32(keys.QUANTIZATION_VERSION, QUANTIZATION_VERSION),
+            *self._tokenizer,
+            string(VERSION_KEY, phiquant.__version__),
+        ]
+
+    def _own_file_type(self) -> int:
+        """The file type of a plain copy: that of the embedding."""
+        kind = next(tensor.type for tensor in self.tensors if tensor.name == "token_embd.weight")
+        return {GGMLType.F16: 1, GGMLType.BF16: 32}.get(kind, 0)
+
+    def read_into(self, tensor: str, begin: int, target: _Bytes) -> None:
+        """See `Source`."""
+        factors = self._factors.get(tensor)
+        if factors is not None:
+            target[:] = factors[begin : begin + target.size]
+        else:
+            self._checkpoint.read_into(self._stored[tensor], begin, target)
+
+    def close(self) -> None:
+        """See `Source`."""
+        self._checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class GGUFSource:
+    """A GGUF file as a source; its metadata is carried over, but for the keys of a split."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.files: Sequence[Path] = [path]
+        with GGUFFile.open(path) as file:
+            if file.get(keys.SPLIT_COUNT, int, 0) > 1:
+                raise UnsupportedError(
+                    f"{path} is one of several parts of a model; join them first (llama-gguf-split --merge)."
+                )
+            self.name = path.stem
+            self._offsets = {info.name: file.data_offset + info.offset for info in file.tensors.values()}
+            self._sizes = {info.name: info.nbytes for info in file.tensors.values()}
+            self.tensors: Sequence[Tensor] = [
+                Tensor(info.name, info.shape, info.type) for info in file.tensors.values()
+            ]
+            self._entries = [
+                Entry(key, field.type, field.value, field.item_type)
+                for key, field in file.fields.items()
+                if not key.startswith("split.") and key != keys.ALIGNMENT  # written in one part, aligned to 32
+            ]
+        self._file = PositionedFile(path, GGUFError)
+
+    def entries(self, file_type: int | None) -> list[Entry]:
+        """The file's metadata with file type and quantization version set, in the file's order."""
+        entries = {entry.key: entry for entry in self._entries}
+        if file_type is not None:
+            entries[keys.FILE_TYPE] = uint32(keys.FILE_TYPE, file_type)
+        entries[keys.QUANTIZATION_VERSION] = uint32(keys.QUANTIZATION_VERSION, QUANTIZATION_VERSION)
+        return list(entries.values())
+
+    def read_into(self, tensor: str, begin: int, target: _Bytes) -> None:
+        """See `Source`."""
+        if begin + target.size > self._sizes[tensor]:
+            raise ValueError(f"bytes {begin} to {begin + target.size} of {tensor}, which has {self._sizes[tensor]}")
+        self._file.read_into(self._offsets[tensor] + begin, target)
+
+    def close(self) -> None:
+        """See `Source`."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _phi3_named(name: Entry) -> Entry:
+    """llama.cpp lets special tokens swallow whitespace, as Phi-3's do, only in files whose name says Phi-3."""
+    lower = name.value.lower()
+    return name if "phi-3" in lower or "phi3" in lower else string(name.key, f"{name.value} (phi-3)")
+
+
+def _type_of(stored: StoredTensor) -> GGMLType:
+    if stored.dtype not in _DTYPES:
+        raise UnsupportedError(
+            f"Tensor {stored.name} of {stored.file} is stored as {stored.dtype}; "
+            "only F32, F16, BF16 and F64 weights can be converted."
+        )
+    if not stored.nbytes:
+        raise CheckpointError(f"Tensor {stored.name} of {stored.file} is empty.")
+    return _DTYPES[stored.dtype]
+
+
+def _factor_tensors(settings: phi3.Settings) -> dict[str, _Bytes]:
+    """LongRoPE's two lists as F32 tensors, which come first in the file."""
+    lists = {"rope_factors_long.weight": settings.long_factors, "rope_factors_short.weight": settings.short_factors}
+    return {name: np.array(values, "<f4").view(np.uint8) for name, values in lists.items() if values is not None}
