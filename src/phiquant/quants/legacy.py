@@ -7,7 +7,7 @@ import numpy as np
 
 from phiquant.gguf.types import GGMLType
 from phiquant.quants.block import Blocks, Floats, Format, Plane, join, split
-from phiquant.quants.search import fit_range, fit_symmetric
+from phiquant.quants.search import fit_range, fit_symmetric, signed_peak, smallest
 
 __all__ = ["BF16", "F16", "F32", "FORMATS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
@@ -93,8 +93,7 @@ def _write_centred(
     blocks = np.zeros(columns.shape[1], dtype)
     if importance is None:
         # the peak, sign included, becomes the lowest level
-        at = np.abs(columns).argmax(axis=0)[None]
-        d = np.take_along_axis(columns, at, axis=0)[0] / np.float32(-centre)
+        d = signed_peak(columns) / np.float32(-centre)
         scaled = columns * _reciprocal(d)
         # the conversion to 8 bits wraps before the minimum is taken
         levels = np.minimum(_truncated(scaled + np.float32(centre + 0.5)).astype(np.int8), 2 * centre - 1).astype(
@@ -113,7 +112,7 @@ def _write_ranged(
     columns = _columns(x)
     blocks = np.zeros(columns.shape[1], dtype)
     if importance is None:
-        m = columns.min(axis=0)
+        m = smallest(columns)
         d = (columns.max(axis=0) - m) / np.float32(top)
         scaled = (columns - m) * _reciprocal(d)
         levels = np.minimum(_truncated(scaled + np.float32(0.5)), top)

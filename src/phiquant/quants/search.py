@@ -21,6 +21,7 @@ __all__ = [
     "nearest",
     "ordered_sum",
     "signed_peak",
+    "smallest",
 ]
 
 EPSILON = np.float32(1e-15)  # blocks whose largest magnitude is below are zero
@@ -49,10 +50,16 @@ def ordered_sum(terms: Floats) -> Floats:
 
 
 def signed_peak(x: Floats) -> Floats:
-    """The first value of largest magnitude of each column, with its sign."""
+    """The first value of largest magnitude of each column, with its sign; a zero is positive."""
     at = np.abs(x).argmax(axis=0)
     peak: Floats = np.take_along_axis(x, at[None], axis=0)[0]
-    return peak
+    return np.where(peak != 0, peak, np.float32(0))
+
+
+def smallest(x: Floats) -> Floats:
+    """The first of the smallest values of each column (of two zeros the first, whatever its sign)."""
+    low: Floats = np.take_along_axis(x, x.argmin(axis=0)[None], axis=0)[0]
+    return low
 
 
 def fit_symmetric(x: Floats, top: int, weights: Floats | None = None) -> tuple[Floats, Levels]:
@@ -156,7 +163,8 @@ def fit_range(
 
     The error is the sum of w |difference| if `absolute`, else of w difference**2.
     """
-    low = np.minimum(x.min(axis=0), np.float32(0))
+    low = smallest(x)
+    low = np.where(low > 0, np.float32(0), low)
     high = x.max(axis=0)
     flat = high <= low
     span = high - low

@@ -1,0 +1,288 @@
+"""The K-quantizers in vector code: a super-block of 256 to a lane, as `quants.kquants` defines them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from phiquant.gguf.types import GGMLType
+from phiquant.quants import Format
+
+from .emit import Emitter, Value
+from .quantize_lanes import Arguments, Column, Kernel
+from .quantize_search import EPSILON, absolute_peak, fit_descent, fit_range, fit_symmetric, fit_unsigned
+from .simd import nearest_int
+
+__all__ = ["emit_kquant"]
+
+
+@dataclass(frozen=True)
+class _Ranged:
+    """What tells Q2_K, Q4_K and Q5_K apart."""
+
+    count: int  # sub-blocks
+    most: int  # largest integer scale
+    top: int  # largest level
+    first: float  # the search without importance
+    stride: float
+    steps: int
+    absolute: bool
+    group: int  # widths tried together: as many as keep their sums in registers
+
+
+_RANGED = {
+    GGMLType.Q2_K: _Ranged(16, 15, 3, -0.5, 0.1, 15, True, 4),
+    GGMLType.Q4_K: _Ranged(8, 63, 15, -1.0, 0.1, 20, False, 3),
+    GGMLType.Q5_K: _Ranged(8, 63, 31, -0.5, 0.1, 15, False, 4),
+}
+
+
+def emit_kquant(e: Emitter, entry: Format, source: GGMLType, weighted: bool, arguments: Arguments) -> None:
+    """The body of a kernel that quantizes `arguments.blocks` blocks of a K format."""
+    k = Kernel(e, entry, source, arguments)
+    if entry.type in _RANGED:
+        _emit_ranged(k, weighted, _RANGED[entry.type])
+    elif entry.type is GGMLType.Q3_K:
+        _emit_q3_k(k, weighted)
+    else:
+        _emit_q6_k(k, weighted)
+
+
+def _sigma(k: Kernel, x: Column, times: int) -> Value:
+    """`times` the mean square of the super-block."""
+
+    def square(i: Value) -> Value:
+        v = x.at(i)
+        return v * v
+
+    return times * k.total(256, square) / 256.0
+
+
+def _pairs(first: list[Value], second: list[Value]) -> list[Value]:
+    """The 12 bytes of Q4_K's and Q5_K's scales."""
+    low = [first[j] | (first[j + 4].lsr(4) << 6) for j in range(4)]
+    middle = [second[j] | (second[j + 4].lsr(4) << 6) for j in range(4)]
+    high = [(first[j + 4] & 15) | (second[j + 4] << 4) for j in range(4)]
+    return low + middle + high
+
+
+def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
+    e, n = k.e, 256 // r.count
+    x, w, scratch = k.column(256), k.column(n), k.column(n * r.group)
+    importance = k.column(256) if weighted else None
+    scales, offsets, inverses, lows, totals = (k.column(r.count) for _ in range(5))
+    integers = k.column(r.count), k.column(r.count)
+
+    def group(first: Value) -> None:
+        k.load(x, first)
+        sigma = k.real(0)
+        if importance is not None:
+            k.load_importance(importance, first)
+            sigma = _sigma(k, x, 1 if r.count == 16 else 2)
+        with e.loop(0, r.count) as j:
+            part = x.start(j * n)
+            _weigh(k, part, w, n, r, importance.start(j * n) if importance else None, sigma)
+            if weighted:
+                fit = fit_range(k, part, n, r.top, w, scratch, first=-0.9, stride=0.05, steps=36, group=r.group)
+                totals.put(j, k.total(n, w.at))
+            else:
+                fit = fit_range(
+                    k,
+                    part,
+                    n,
+                    r.top,
+                    w,
+                    scratch,
+                    first=r.first,
+                    stride=r.stride,
+                    steps=r.steps,
+                    absolute=r.absolute,
+                    group=r.group,
+                )
+            for column, value in zip((scales, offsets, inverses, lows), fit, strict=True):
+                column.put(j, value)
+        units, reals = [], []
+        for values, levels in zip((scales, offsets), integers, strict=True):
+            if weighted:
+                unit = fit_unsigned(k, values, r.count, r.most, totals, levels)
+                k.each(r.count, lambda j, levels=levels: levels.put(j, e.min(levels.int_at(j), r.most)))  # type: ignore[misc]
+            else:
+                unit = _plain_scales(k, values, r, levels)
+            bits, real = k.half(unit)
+            units.append(bits)
+            reals.append(real)
+        with e.loop(0, r.count) as j:
+            part = x.start(j * n)
+            scale = reals[0] * integers[0].int_at(j).to_float()
+            offset = reals[1] * integers[1].int_at(j).to_float()
+            none, inverse, lowest = scale == 0.0, inverses.at(j), lows.at(j)
+
+            def level(i: Value) -> None:
+                v = part.at(i)
+                found = inverse * (v - lowest)
+                again = (v + offset) / scale
+                part.put(i, k.round(k.clamp(e.where(none, found, again), 0, r.top)).to_int())
+
+            k.each(n, level)
+        first_bytes, second_bytes = ([levels.int_at(j) for j in range(r.count)] for levels in integers)
+        if r.count == 16:
+            packed = [a | (b << 4) for a, b in zip(first_bytes, second_bytes, strict=True)]
+        else:
+            packed = _pairs(first_bytes, second_bytes)
+        fields: dict[str, Value | Column] = {"d": units[0], "dmin": units[1], "scales": k.words(packed)}
+        fields.update({plane.field: k.pack(plane, x) for plane in k.entry.planes})
+        k.store(first, fields)
+
+    k.groups(group)
+
+
+def _weigh(k: Kernel, x: Column, w: Column, n: int, r: _Ranged, importance: Column | None, sigma: Value) -> None:
+    """The weights of one sub-block."""
+    e = k.e
+    if importance is not None:
+
+        def important(i: Value) -> None:
+            v = x.at(i)
+            w.put(i, importance.at(i) * e.sqrt(sigma + v * v))
+
+        k.each(n, important)
+    elif r.absolute:
+        k.each(n, lambda i: w.put(i, e.abs(x.at(i))))
+    else:
+
+        def square(i: Value) -> Value:
+            v = x.at(i)
+            return v * v
+
+        average = e.sqrt(k.total(n, square) / float(n))
+        k.each(n, lambda i: w.put(i, average + e.abs(x.at(i))))
+
+
+def _plain_scales(k: Kernel, values: Column, r: _Ranged, levels: Column) -> Value:
+    """Integer scales in proportion to the largest; returns their unit."""
+    e = k.e
+    peak = e.var(k.real(0))
+    k.each(r.count, lambda j: peak.set(e.max(values.at(j), peak.get())))
+    inverse = e.where(peak.get() > 0.0, float(r.most) / peak.get(), k.real(0))
+    # a scale that rounding made negative wraps in an unsigned byte
+    k.each(r.count, lambda j: levels.put(j, e.min(nearest_int(e, inverse * values.at(j)) & 255, r.most)))
+    return peak.get() / float(r.most)
+
+
+def _emit_q3_k(k: Kernel, weighted: bool) -> None:
+    e = k.e
+    x, levels, scales, integers = k.column(256), k.column(256), k.column(16), k.column(16)
+    importance, w, totals = (k.column(256), k.column(16), k.column(16)) if weighted else (None, None, None)
+
+    def group(first: Value) -> None:
+        k.load(x, first)
+        if importance is not None and w is not None and totals is not None:
+            k.load_importance(importance, first)
+            sigma = _sigma(k, x, 2)
+            with e.loop(0, 16) as j:
+                part, mine = x.start(j * 16), importance.start(j * 16)
+
+                def weigh(i: Value) -> None:
+                    v = part.at(i)
+                    w.put(i, mine.at(i) * e.sqrt(sigma + v * v))
+
+                k.each(16, weigh)
+                scale, inverse = fit_symmetric(k, part, 16, 4, w)
+                scales.put(j, scale)
+                totals.put(j, k.total(16, w.at))
+                found = levels.start(j * 16)
+                k.each(16, lambda i: found.put(i, k.clamp(inverse * part.at(i), -4, 3)))
+                k.each(16, lambda i: found.put(i, k.round(found.at(i)).to_int()))
+            unit, inverse = fit_symmetric(k, scales, 16, 32, totals)
+            k.each(16, lambda j: integers.put(j, k.round(k.clamp(inverse * scales.at(j), -32, 31)).to_int()))
+        else:
+            with e.loop(0, 16) as j:
+                scales.put(j, fit_descent(k, x.start(j * 16), 16, 4, levels.start(j * 16)))
+            peak = absolute_peak(k, scales, 16)
+            some = peak != 0.0
+            inverse = -32.0 / peak
+            unit = e.where(some, 1.0 / inverse, k.real(0))
+            none = k.whole(-32)
+            k.each(
+                16,
+                lambda j: integers.put(
+                    j, e.where(some, k.clamp(nearest_int(e, inverse * scales.at(j)), -32, 31), none)
+                ),
+            )
+        bits, real = k.half(unit)
+        _levels_again(k, x, real, integers, 4, lambda i, v: levels.int_at(i))
+        bytes_ = [integers.int_at(j) + 32 for j in range(16)]
+        packed = [(bytes_[j] & 15) | (bytes_[j + 8] << 4) for j in range(8)]
+        for j in range(4):
+            top = bytes_[j].lsr(4)
+            for turn in range(1, 4):
+                top = top | (bytes_[j + 4 * turn].lsr(4) << (2 * turn))
+            packed.append(top)
+        fields: dict[str, Value | Column] = {"d": bits, "scales": k.words(packed)}
+        fields.update({plane.field: k.pack(plane, x) for plane in k.entry.planes})
+        k.store(first, fields)
+
+    k.groups(group)
+
+
+def _emit_q6_k(k: Kernel, weighted: bool) -> None:
+    e = k.e
+    x, scales, inverses, integers = k.column(256), k.column(16), k.column(16), k.column(16)
+    importance = k.column(256) if weighted else None
+
+    def group(first: Value) -> None:
+        k.load(x, first)
+        if importance is not None:
+            k.load_importance(importance, first)
+        with e.loop(0, 16) as j:
+            w = importance.start(j * 16) if importance else None
+            scale, inverse = fit_symmetric(k, x.start(j * 16), 16, 32, w)
+            scales.put(j, scale)
+            inverses.put(j, inverse)
+        peak = absolute_peak(k, scales, 16)
+        empty = e.abs(peak) < EPSILON
+        inverse = -128.0 / peak
+        bits, real = k.half(e.where(empty, k.real(0), 1.0 / inverse))
+        zero = k.whole(0)
+        k.each(
+            16,
+            lambda j: integers.put(j, e.where(empty, zero, e.min(nearest_int(e, inverse * scales.at(j)), 127))),
+        )
+
+        def found(i: Value, v: Value) -> Value:
+            return k.round(k.clamp(inverses.at(i // 16) * v, -32, 31)).to_int()
+
+        _levels_again(k, x, real, integers, 32, found, empty)
+        fields: dict[str, Value | Column] = {"d": bits, "scales": k.words([integers.int_at(j) for j in range(16)])}
+        fields.update({plane.field: k.pack(plane, x) for plane in k.entry.planes})
+        k.store(first, fields)
+
+    k.groups(group)
+
+
+def _levels_again(
+    k: Kernel,
+    x: Column,
+    unit: Value,
+    integers: Column,
+    centre: int,
+    found: Callable[[Value, Value], Value],
+    empty: Value | None = None,
+) -> None:
+    """Choose the levels for the scales as stored, in place of x and biased by `centre`.
+
+    Sub-blocks whose scale came out zero keep the levels `found(element, x)`; lanes that are `empty` get all zero bits.
+    """
+    e = k.e
+    with e.loop(0, 16) as j:
+        part, base = x.start(j * 16), j * 16
+        scale = unit * integers.int_at(j).to_float()
+        none = scale == 0.0
+
+        def level(i: Value) -> None:
+            v = part.at(i)
+            again = k.round(k.clamp(v / scale, -centre, centre - 1)).to_int()
+            chosen = e.where(none, found(base + i, v), again) + centre
+            part.put(i, chosen if empty is None else e.where(empty, k.whole(0), chosen))
+
+        k.each(16, level)

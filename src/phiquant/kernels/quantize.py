@@ -1,0 +1,169 @@
+"""Quantizing and dequantizing rows with compiled code: the bytes of `quants`, at the speed of the processor.
+
+All functions run without the interpreter lock and keep no state, so that a caller may run them on chunks of rows from
+as many threads as it likes. Kernels are compiled on first use and cached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from phiquant import quants
+from phiquant.errors import UnsupportedError, WeightsError
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu.dequantize import emit_dequantize
+from phiquant.kernels.cpu.emit import Emitter, Value
+from phiquant.kernels.cpu.quantize_kquants import emit_kquant
+from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments
+from phiquant.kernels.cpu.quantize_legacy import emit_floats, emit_legacy, emit_mean_squares
+
+__all__ = ["FLOATS", "dequantize_rows", "quantize_rows"]
+
+FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+"""The types that `quantize_rows` reads."""
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+def quantize_rows(
+    x: npt.NDArray[Any],
+    source: GGMLType,
+    type: GGMLType,
+    importance: Floats | None = None,
+    *,
+    nonfinite: Literal["raise", "keep"] = "raise",
+) -> Bytes:
+    """Rows of floats as blocks of `type`, byte for byte those of `quants.quantize`.
+
+    Args:
+        x: [rows, n] values of the type `source`, contiguous; or the bytes of such rows, uint8 [rows, n * size]. For
+            BF16 an array of any 16-bit type.
+        source: F32, F16 or BF16.
+        type: any of `quants.QUANTIZABLE`; to a float type the values are converted, rounded to nearest even.
+        importance: float32 [n], weight of each column's squared error; types that take none ignore it.
+        nonfinite: whether NaN, infinity or values too large for half-precision scales are an error. With "keep",
+            blocks that hold any become unspecified bytes.
+
+    Returns:
+        uint8 [rows, row_bytes].
+
+    Raises:
+        WeightsError: a shape does not fit; or a row holds NaN, infinity or too large values.
+        UnsupportedError: a type that this version does not read or write.
+    """
+    entry = quants.format_of(type)
+    if source not in FLOATS:
+        raise UnsupportedError(
+            f"{source.name} weights are not quantized directly; dequantize them to F32 first"
+        )
+    if x.ndim != 2 or not x.flags.c_contiguous:
+        raise WeightsError(f"rows to quantize must be a contiguous matrix, not of shape {x.shape}")
+    rows, n = x.shape[0], x.shape[1] * x.itemsize // source.block_bytes
+    if x.itemsize not in (1, source.block_bytes) or n * source.block_bytes != x.shape[1] * x.itemsize:
+        raise WeightsError(f"an array of {x.dtype} of shape {x.shape} does not hold rows of {source.name}")
+    if n % type.block_elements:
+        raise WeightsError(f"rows of {n} values do not fill {type.name} blocks of {type.block_elements}")
+    weights = None
+    if importance is not None:
+        weights = np.ascontiguousarray(importance, np.float32)
+        if weights.shape != (n,):
+            raise WeightsError(f"importance of shape {weights.shape} does not fit rows of {n} values")
+    out = np.empty((rows, type.row_bytes(n)), np.uint8)
+    if not out.size:
+        return out
+    flags = ctypes.c_int64(0)
+    at = ctypes.addressof(flags)
+    if not type.is_quantized:
+        _floats(source, type)(x.ctypes.data, out.ctypes.data, rows * n, at)
+    else:
+        if type is GGMLType.Q8_0:
+            weights = None
+        squares = np.empty(rows if weights is not None and type.block_elements == 32 else 0, np.float32)
+        if squares.size:
+            _mean_squares(source)(x.ctypes.data, squares.ctypes.data, rows, n)
+        per_row = n // type.block_elements
+        column_weights = 0 if weights is None else weights.ctypes.data
+        kernel = _quantizer(entry.type, source, weights is not None)
+        kernel(x.ctypes.data, out.ctypes.data, rows * per_row, per_row, column_weights, squares.ctypes.data, at)
+    if flags.value and nonfinite == "raise":
+        raise WeightsError(_complaint(x, source, type, int(flags.value)))
+    return out
+
+
+def dequantize_rows(data: npt.NDArray[Any], type: GGMLType, rows: int, columns: int) -> Floats:
+    """Values float32 [rows, columns] of `rows` rows of blocks, from their bytes (contiguous); equal to `quants`'s.
+
+    Raises:
+        WeightsError: the bytes are not that many.
+        UnsupportedError: a type that this version does not read.
+    """
+    quants.format_of(type)
+    if columns % type.block_elements or data.nbytes != rows * (columns // type.block_elements) * type.block_bytes:
+        raise WeightsError(f"{data.nbytes} bytes are not {rows} rows of {columns} {type.name} weights")
+    if not data.flags.c_contiguous:
+        raise WeightsError("rows to dequantize must be contiguous")
+    out = np.empty((rows, columns), np.float32)
+    if out.size:
+        if type.is_quantized:
+            _dequantizer(type)(data.ctypes.data, out.ctypes.data, out.size // type.block_elements)
+        else:
+            flags = ctypes.c_int64(0)  # what is stored is returned, infinities too
+            _floats(type, GGMLType.F32)(data.ctypes.data, out.ctypes.data, out.size, ctypes.addressof(flags))
+    return out
+
+
+def _complaint(x: npt.NDArray[Any], source: GGMLType, type: GGMLType, flags: int) -> str:
+    values = dequantize_rows(x, source, len(x), x.shape[1] * x.itemsize // source.block_bytes)
+    bad = ~np.isfinite(values).all(axis=1)
+    if flags & INFINITE_INPUT and bad.any():
+        return (
+            f"row {int(bad.argmax())} of the weights holds NaN or infinity; repair it or keep them by force"
+        )
+    row = int(np.abs(values).max(axis=1).argmax())
+    return f"row {row} of the weights holds values too large for {type.name} (up to {np.abs(values[row]).max():g})"
+
+
+def _native(name: str, arguments: int, body: Any) -> Any:
+    address = library.function(name, arguments, body)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(address)
+
+
+@cache
+def _quantizer(type: GGMLType, source: GGMLType, weighted: bool) -> Any:
+    entry = quants.format_of(type)
+    emit = emit_legacy if type.block_elements == 32 else emit_kquant
+
+    def body(e: Emitter, *values: Value) -> None:
+        emit(e, entry, source, weighted, Arguments(*values))
+
+    name = f"quantize.{type.name}.{source.name}.{'weighted' if weighted else 'plain'}.{_layout(type)}"
+    return _native(name, Arguments.COUNT, body)
+
+
+@cache
+def _mean_squares(source: GGMLType) -> Any:
+    return _native(f"mean_squares.{source.name}", 4, lambda e, *values: emit_mean_squares(e, source, *values))
+
+
+@cache
+def _floats(source: GGMLType, to: GGMLType) -> Any:
+    return _native(f"convert.{source.name}.{to.name}", 4, lambda e, *values: emit_floats(e, source, to, *values))
+
+
+@cache
+def _dequantizer(type: GGMLType) -> Any:
+    entry = quants.format_of(type)
+    return _native(f"dequantize.{type.name}.{_layout(type)}", 3, lambda e, *values: emit_dequantize(e, entry, *values))
+
+
+def _layout(type: GGMLType) -> str:
+    """The layout, which lives outside the sources that the kernel cache watches, as part of a kernel's name."""
+    entry = quants.format_of(type)
+    return f"{entry.dtype.descr}{entry.planes}"
