@@ -35,13 +35,13 @@ MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 MAX_DIMENSIONS: Final = 4
 MAX_TENSOR_NAME: Final = 63  # bytes; the C reader keeps 64 with the terminator
-MAX_KEY: Final = 65535  # bytes
 MAX_STRING: Final = 1 << 30  # bytes
 MAX_ITEMS: Final = 1 << 30
-# A pair or a tensor costs a few hundred bytes of Python for 14 or 25 of the file, so their number has a limit of its
-# own, far above any model (512 blocks of 100 tensors).
-MAX_PAIRS: Final = 65536
-MAX_TENSORS: Final = 65536
+# A pair or a tensor costs some 500 bytes of Python for as little as 14 or 25 of the file, so their number and the
+# length of a key have limits of their own, far above any model (512 blocks of 60 tensors).
+MAX_KEY: Final = 1024  # bytes
+MAX_PAIRS: Final = 16384
+MAX_TENSORS: Final = 32768
 _MIN_PAIR: Final = 14  # bytes: a key of one letter and a value of one byte
 _MIN_TENSOR: Final = 25  # bytes: a name of one letter and no extents
 _MAX_I64: Final = (1 << 63) - 1
@@ -108,8 +108,9 @@ class Field:
 
         Strings and arrays are read here the first time, so the file must still be open then.
         """
-        if self._load is not None:
-            self._value = self._load(self.count)
+        load = self._load  # a local name, since another thread may finish the same work meanwhile
+        if load is not None:
+            self._value = load(self.count)
             self._load = None
         return self._value
 
@@ -117,7 +118,8 @@ class Field:
         """At most the first `count` items of an array, without reading the others."""
         if self.type is not ValueType.ARRAY:
             raise ValueError("only an array has items")
-        return self.value[:count] if self._load is None else self._load(min(count, self.count))
+        load = self._load
+        return self._value[:count] if load is None else load(min(count, self.count))
 
     def __repr__(self) -> str:
         if self.type is ValueType.ARRAY and self.item_type is not None:

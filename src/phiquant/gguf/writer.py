@@ -150,7 +150,7 @@ class GGUFWriter:
             raise ValueError(f"the key {key!r}: an array has an item type, and nothing else has")
         try:
             encoded = _encode_array(value, item_type) if item_type is not None else _encode(value, type)
-        except (struct.error, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (struct.error, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"the value of {key!r} is not {(item_type or type).name}: {error}") from error
         self._pairs[key] = _encode_string(name) + struct.pack("<i", type) + encoded
 
@@ -355,7 +355,8 @@ def _encode_array(value: Any, item_type: ValueType) -> bytes:
         raise ValueError(f"an array has one dimension and not {source.ndim}")
     if source.size == 0:
         return head
-    packed = source.astype(dtype)
+    with np.errstate(over="raise"):
+        packed = source.astype(dtype)
     # Only a loss that the types themselves bring is accepted: floats are rounded, integers never wrap or lose digits.
     exact = source.dtype.kind == dtype.kind or (source.dtype.kind in "iu" and dtype.kind in "iuf")
     if not exact or (dtype.kind in "iu" and not np.array_equal(packed, source)):
