@@ -61,6 +61,14 @@ class Plan:
         return 8 * sum(tensor.nbytes for tensor in self.tensors) / sum(t.rows * t.shape[-1] for t in self.tensors)
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know: types that shapes forced, and a file type that is poor as it is."""
+        notes = [f"{tensor.name}: {tensor.fallback}" for tensor in self.tensors if tensor.fallback]
+        if self.target.file_type is FileType.Q2_K_S:
+            notes.append("Q2_K_S is meant for an importance matrix, without which Q2_K is much better")
+        return notes
+
+    @property
     def inventory(self) -> dict[GGMLType, int]:
         """How many tensors have each type, most frequent first."""
         return dict(Counter(tensor.type for tensor in self.tensors).most_common())

@@ -1,0 +1,27 @@
+"""`phiquant convert`: a Hugging Face checkpoint or repository to GGUF."""
+
+from pathlib import Path
+
+from phiquant.cli.conversion import ConversionBar, print_report
+from phiquant.convert import convert as convert_checkpoint
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: str,
+    outfile: Path | None = None,
+    outtype: str = "auto",
+    *,
+    threads: int = 0,
+    keep_nan: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Convert `model` (a directory or owner/name[@revision]); `threads` 0: one for each core."""
+    with ConversionBar(quiet=quiet) as bar:
+        report = convert_checkpoint(
+            model, outfile, outtype, threads=threads, keep_nan=keep_nan, progress=bar, quiet=quiet
+        )
+    if not quiet:
+        print_report(report)
+    return 0
