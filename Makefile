@@ -1,0 +1,89 @@
+# make help lists the targets. Variables: PYTHON, VENV, TORCH, PARITY_VENV, INTEROP_VENV, LLAMA_CPP_PYTHON.
+
+PYTHON ?= python3
+VENV ?= .venv
+CACHE ?= $(HOME)/.cache/phiquant
+TORCH ?= torch
+PARITY_VENV ?= $(CACHE)/parity
+LLAMA_CPP_PYTHON ?= llama-cpp-python==0.3.36
+INTEROP_VENV ?= $(CACHE)/interop
+LLAMA_CPP_SOURCE ?= $(CACHE)/llama.cpp
+SYNTHETIC ?= $(CACHE)/synthetic
+
+BIN := $(VENV)/bin
+# The environments outside the clone are shared by clones, so their stamps name what was installed.
+DEPENDENCIES := $(shell cksum < pyproject.toml | cut -d' ' -f1)
+PARITY_STAMP := $(PARITY_VENV)/.ready-$(DEPENDENCIES)-$(subst =,_,$(TORCH))
+INTEROP_STAMP := $(INTEROP_VENV)/.ready-$(subst =,_,$(LLAMA_CPP_PYTHON))
+# Two builds of llama.cpp that contract multiplications and additions differently disagree on quantized bytes.
+EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-contract=off"
+PIP := -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs parity interop bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+demo: $(VENV)/.ready ## convert, quantize and run the bundled model; a table of sizes, times and quality
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.ready-tests ## the tests that need neither torch nor llama.cpp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-tests ## linter, formatting, types, imports between rooms, generated documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/cli/test_cli_reference.py
+
+docs: $(VENV)/.ready ## write docs/cli.md again
+	$(BIN)/python -m phiquant.cli.reference > docs/cli.md
+
+parity: $(PARITY_STAMP) ## compare with transformers (installs $(TORCH) in an environment of its own)
+	PYTHONPATH=src $(PARITY_VENV)/bin/python -m pytest -m parity
+
+interop: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## compare with llama.cpp (builds it: needs a C++ compiler)
+	PHIQUANT_INTEROP_PYTHON=$(abspath $(INTEROP_VENV))/bin/python \
+	PHIQUANT_LLAMA_CPP_SOURCE=$(abspath $(LLAMA_CPP_SOURCE)) \
+	PHIQUANT_PARITY_PYTHON=$(abspath $(PARITY_VENV))/bin/python \
+	$(BIN)/python -m pytest -m interop
+
+bench: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## measure against llama.cpp on a synthetic Phi-3.5-mini (16 GB of disk)
+	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
+	$(BIN)/python benchmarks/compare_llama_cpp.py $(SYNTHETIC) \
+		--peer $(INTEROP_VENV)/bin/python --converter-python $(PARITY_VENV)/bin/python --source $(LLAMA_CPP_SOURCE)
+
+clean: ## remove what make and the tests made in this folder (the shared environments stay)
+	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("phiquant needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --upgrade 'pip>=25.1'
+	$(BIN)/python $(PIP) --prefer-binary --editable .
+	@touch $@
+
+$(VENV)/.ready-tests: $(VENV)/.ready
+	$(BIN)/python $(PIP) --prefer-binary --group test --group check
+	@touch $@
+
+# The package itself comes from src (PYTHONPATH): what is installed here may belong to another clone.
+$(PARITY_STAMP):
+	test -x $(PARITY_VENV)/bin/python || $(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python $(PIP) --upgrade 'pip>=25.1'
+	$(PARITY_VENV)/bin/python $(PIP) '$(TORCH)'
+	$(PARITY_VENV)/bin/python $(PIP) --prefer-binary --group parity --group test .
+	@touch $@
+
+$(INTEROP_STAMP):
+	@command -v c++ > /dev/null || command -v g++ > /dev/null || command -v clang++ > /dev/null || \
+		{ echo 'make interop builds llama.cpp, which needs a C++ compiler: install g++ or clang' >&2; exit 1; }
+	test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python $(PIP) --upgrade 'pip>=25.1'
+	$(INTEROP_VENV)/bin/python -c 'import llama_cpp, sys; sys.exit("==" + llama_cpp.__version__ not in "$(LLAMA_CPP_PYTHON)")' 2> /dev/null || \
+		$(EXACT) $(INTEROP_VENV)/bin/python $(PIP) --no-binary llama-cpp-python '$(LLAMA_CPP_PYTHON)'
+	test -e $(LLAMA_CPP_SOURCE)/convert_hf_to_gguf.py || sh scripts/fetch_llama_cpp.sh \
+		$(INTEROP_VENV)/bin/python '$(LLAMA_CPP_PYTHON)' $(LLAMA_CPP_SOURCE)
+	@touch $@
