@@ -1,0 +1,125 @@
+"""The engine: sequences in, tokens out.
+
+There is no thread of its own. Whoever waits for a sequence drives the step that all running sequences share, so that
+one caller pays for no hand-over and several callers are batched (`advance`).
+"""
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phiquant.engine.cache import PageCache
+from phiquant.engine.runner import Runner
+from phiquant.engine.sampler import sample
+from phiquant.engine.scheduler import Chunk, Scheduler
+from phiquant.engine.sequence import Sequence
+from phiquant.errors import ContextError, PhiquantError, RequestError, TokenError
+from phiquant.kernels.ops import Executable
+from phiquant.model import Rope
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Computes sequences of one model on one Executable; safe to use from several threads.
+
+    Args:
+        executable: the model, bound to a processor; its pages must hold at least one whole context.
+        rope: rotations of the model.
+        context: most tokens of a sequence, prompt included.
+        unused: ids that are never sampled, int64 [count].
+    """
+
+    def __init__(self, executable: Executable, rope: Rope, context: int, unused: NDArray[np.int64]) -> None:
+        capacity = executable.capacity
+        room = capacity.page_tokens * min(capacity.pages, capacity.pages_per_sequence)
+        if room < context or capacity.outputs < capacity.sequences:
+            raise ContextError(f"a context of {context} tokens does not fit {capacity}")
+        self.context = context
+        self._executable, self._unused = executable, unused
+        self._cache = PageCache(capacity.pages, capacity.page_tokens, executable.copy_page)
+        self._scheduler = Scheduler(capacity, self._cache, rope)
+        self._runner = Runner(executable, rope)
+        self._lock = threading.Lock()
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuse, before any work, a sequence that cannot be computed: TokenError, ContextError."""
+        vocabulary = self._executable.program.vocab_size
+        bad = next((i for i in sequence.ids if not 0 <= i < vocabulary), None)
+        if bad is not None:
+            raise TokenError(f"token id {bad} is outside the vocabulary of {vocabulary}")
+        room = self.context if sequence.wants_all_logits else self.context - 1
+        if len(sequence.ids) > room:
+            raise ContextError(
+                f"a prompt of {len(sequence.ids)} tokens does not fit the context of {self.context}; "
+                "shorten it, or load the model with a larger context"
+            )
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence; TokenError or ContextError as `check`."""
+        self.check(sequence)
+        if sequence.wants_all_logits:
+            sequence.logits = np.empty((len(sequence.ids), self._executable.program.vocab_size), np.float32)
+        with self._lock:
+            self._scheduler.add(sequence)
+
+    def advance(self, sequence: Sequence, seen: int) -> None:
+        """Work until the sequence has more than `seen` tokens or has ended. Raises what went wrong with it."""
+        while sequence.finish is None and sequence.error is None and len(sequence.ids) <= seen:
+            with self._lock:
+                if sequence.finish is None and sequence.error is None and len(sequence.ids) <= seen:
+                    self._step()
+        if sequence.error is not None:
+            raise sequence.error
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a sequence, whatever its state; one that has ended stays as it ended."""
+        with self._lock:
+            self._scheduler.remove(sequence)
+            if sequence.finish is None:
+                sequence.finish = "cancelled"
+
+    def close(self) -> None:
+        """End the running step and free the processor's memory and threads."""
+        self._executable.cancel()
+        with self._lock:
+            for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+                sequence.error = RequestError("the model was closed while it worked")
+                self._scheduler.remove(sequence)
+            self._executable.close()
+
+    def _step(self) -> None:
+        """Every sequence is consistent if this is interrupted anywhere: what is not recorded is computed again."""
+        chunks = self._scheduler.plan()
+        if not chunks:
+            raise RequestError("the engine was asked to go on with a sequence that it does not know")
+        for chunk, logits in zip(chunks, self._runner.run(chunks), strict=True):
+            try:
+                self._take(chunk, logits)
+            except PhiquantError as error:
+                chunk.sequence.error = error
+            self._scheduler.computed(chunk)
+            if chunk.sequence.finish is not None or chunk.sequence.error is not None:
+                self._scheduler.remove(chunk.sequence)
+
+    def _take(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
+        """Keep the logits, or sample the next token of the sequence."""
+        sequence, sampling = chunk.sequence, chunk.sequence.sampling
+        if sampling is None:
+            if sequence.logits is not None:
+                sequence.logits[chunk.start : chunk.stop] = logits
+            if chunk.stop == len(sequence.ids):
+                sequence.finish = "stop"
+            return
+        if len(logits) == 0:
+            return
+        allowed = None if sequence.mask is None else sequence.mask.allowed()
+        token = sample(logits[0], sequence.ids, sampling, unused=self._unused, allowed=allowed)
+        if sequence.mask is not None:
+            sequence.mask.accept(token)
+        sequence.ids.append(token)
+        if token in sequence.end_ids:
+            sequence.finish = "stop"
+        elif len(sequence.generated) == sequence.max_tokens or len(sequence.ids) >= self.context:
+            sequence.finish = "length"

@@ -1,0 +1,71 @@
+"""One text being computed: its tokens, how far the cache has got, and how it ends."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phiquant.engine.cache import PageTable
+from phiquant.engine.sampler import Sampling, TokenMask
+from phiquant.errors import PhiquantError, RequestError
+
+__all__ = ["Finish", "Sequence"]
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+class Sequence:
+    """A prompt and what is generated after it; the engine alone changes it.
+
+    Attributes:
+        ids: prompt, then generated tokens.
+        prompt_length: how many of them are the prompt.
+        max_tokens: generate at most this many; None for as many as the context holds.
+        sampling: None for a sequence whose logits are wanted and that is not continued.
+        end_ids: tokens that end it.
+        mask: constrains what comes.
+        logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling`.
+        computed: tokens whose keys and values are in the cache.
+        shared: tokens that were taken from earlier sequences when it began.
+        table: its pages; None while it waits.
+        finish: why it ended: "stop" (an end token), "length" (max_tokens or the context), "cancelled"; None before.
+        error: what went wrong with this sequence alone.
+    """
+
+    def __init__(
+        self,
+        prompt: Iterable[int],
+        sampling: Sampling | None,
+        *,
+        max_tokens: int | None = None,
+        end_ids: frozenset[int] = frozenset(),
+        mask: TokenMask | None = None,
+    ) -> None:
+        self.ids = [int(i) for i in prompt]
+        self.prompt_length = len(self.ids)
+        if not self.ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        if max_tokens is not None and max_tokens < 1:
+            raise RequestError(f"max_tokens is {max_tokens} and must be at least 1")
+        self.max_tokens, self.sampling, self.end_ids, self.mask = max_tokens, sampling, end_ids, mask
+        self.logits: NDArray[np.float32] | None = None
+        self.computed = self.shared = 0
+        self.table: PageTable | None = None
+        self.finish: Finish | None = None
+        self.error: PhiquantError | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are still to be computed."""
+        return len(self.ids) - self.computed
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.ids[self.prompt_length :]
+
+    @property
+    def wants_all_logits(self) -> bool:
+        """Whether the logits of every token are wanted, not those of the last."""
+        return self.sampling is None

@@ -1,0 +1,374 @@
+"""The public Python API, and the only place where file, tokenizer, model, processor and engine meet.
+
+from phiquant import LLM
+
+with LLM.load("phi.gguf") as llm:
+    print(llm.generate("Once upon a time", max_tokens=64).text)
+    for chunk in llm.chat([{"role": "user", "content": "Why is the sky blue?"}], stream=True):
+        print(chunk.text, end="", flush=True)
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Literal, Self, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phiquant import arch
+from phiquant.engine import Engine, Finish, Sampling, TokenMask
+from phiquant.engine import Sequence as Job
+from phiquant.errors import RequestError
+from phiquant.gguf import GGMLType, GGUFFile
+from phiquant.kernels.ops import Capacity
+from phiquant.model import Rope, load_weights, record
+from phiquant.text import Message, StopStrings, Tokenizer, chat
+
+if TYPE_CHECKING:
+    from phiquant.kernels.ops import Backend
+
+__all__ = ["LLM", "Completion", "CompletionChunk", "Options", "Timings", "Usage"]
+
+PAGE_TOKENS: Final = 64
+# Logits of a step take at most this many bytes; tokens beyond go into the next step.
+LOGITS_BYTES: Final = 1 << 27
+CACHE_TYPES: Final = {"f16": GGMLType.F16, "f32": GGMLType.F32}
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that `LLM.generate` and `LLM.chat` share; `LLM.generate` explains them."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    stop: str | Iterable[str]
+    mask: TokenMask | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many tokens: of the prompt, of these taken from earlier work instead of computed, and generated."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, and tokens per second, of the prompt (up to the first token) and of what came after it."""
+
+    prompt_seconds: float
+    decode_seconds: float
+    prompt_per_second: float
+    decode_per_second: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated.
+
+    Attributes:
+        text: without special tokens, and cut where a stop string begins.
+        ids: all generated tokens, an end token or those of a stop string included.
+        finish_reason: "stop" (the model ended, or a stop string came), "length" (max_tokens, or the context is full).
+        usage: token counts.
+        timings: seconds and speeds.
+        seed: with it the same request gives the same text.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: Finish
+    usage: Usage
+    timings: Timings
+    seed: int
+
+
+@dataclass(frozen=True)
+class CompletionChunk:
+    """A piece of a streamed completion: its text (whole characters, may be empty) and its tokens.
+
+    `completion` is None but in the last chunk, where it is the whole.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    completion: Completion | None = None
+
+
+class LLM:
+    """A loaded model; `LLM.load` makes one. Use it from as many threads as you like: they share the steps.
+
+    Attributes:
+        config: hyperparameters of the model.
+        tokenizer: text to ids and back.
+        context: most tokens of prompt and completion together.
+        backend: name of the kind of processor in use.
+        notes: what was asked for and is not done, one sentence each.
+    """
+
+    def __init__(
+        self, gguf: GGUFFile, config: arch.Phi3Config, tokenizer: Tokenizer, engine: Engine, backend: str
+    ) -> None:
+        """For `load`."""
+        self.config, self.tokenizer, self.backend = config, tokenizer, backend
+        self.context = engine.context
+        self.notes: list[str] = []
+        self._gguf, self._engine = gguf, engine
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        context: int = 4096,
+        threads: int = 0,
+        gpu_layers: int = 0,
+        backend: str = "auto",
+        cache_type: str = "f16",
+        batch: int = 512,
+        parallel: int = 1,
+        progress: Callable[[str], None] | None = None,
+    ) -> Self:
+        """Open a GGUF file and make it ready.
+
+        Args:
+            path: of the file.
+            context: most tokens of a sequence; 0, or more than the model has been trained for, for all it can.
+            threads: native threads; 0 for as many as the process may use.
+            gpu_layers: how many layers to put on a GPU; while there is no backend for one, `notes` says so.
+            backend: "auto", "cpu" or "reference".
+            cache_type: element type of the key-value cache, "f16" or "f32".
+            batch: most tokens of a step; prompts are computed in chunks of this size.
+            parallel: most sequences of a step.
+            progress: is told, in a line, what takes its time: the first start compiles kernels.
+
+        Raises:
+            FormatError: the file is broken.
+            UnsupportedError: an architecture, a type or a backend that there is not.
+            RequestError: an argument makes no sense.
+            KernelError: a kernel could not be made.
+        """
+        if cache_type not in CACHE_TYPES:
+            raise RequestError(f"cache_type is {cache_type!r} and must be one of {', '.join(CACHE_TYPES)}")
+        for name, value, least in (
+            ("context", context, 0),
+            ("threads", threads, 0),
+            ("batch", batch, 1),
+            ("parallel", parallel, 1),
+        ):
+            if value < least:
+                raise RequestError(f"{name} is {value} and must be at least {least}")
+        gguf = GGUFFile.open(path)
+        try:
+            config = arch.load(gguf)
+            context = min(context or config.context_length, config.context_length)
+            pages = -(-context // PAGE_TOKENS)
+            capacity = Capacity(
+                tokens=max(batch, parallel),
+                outputs=max(parallel, min(max(batch, parallel), LOGITS_BYTES // (4 * config.vocab_size))),
+                sequences=parallel,
+                pages=pages * parallel,
+                page_tokens=PAGE_TOKENS,
+                pages_per_sequence=pages,
+                cache_type=CACHE_TYPES[cache_type],
+                threads=threads,
+            )
+            chosen = _backend(backend, progress)
+            executable = chosen.prepare(record(config, load_weights(gguf, config)), capacity)
+            tokenizer = Tokenizer.from_gguf(gguf)
+            unused = tokenizer.unused_ids
+            engine = Engine(executable, Rope(config), context, unused[unused < config.vocab_size])
+        except BaseException:
+            gguf.close()
+            raise
+        llm = cls(gguf, config, tokenizer, engine, chosen.name)
+        if gpu_layers > 0:
+            llm.notes.append("no GPU backend is installed, so all layers run on the CPU")
+        return llm
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Unpack[Options]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Unpack[Options]
+    ) -> Iterator[CompletionChunk]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        mask: TokenMask | None = None,
+        stream: bool = False,
+    ) -> Completion | Iterator[CompletionChunk]:
+        """Continue a prompt.
+
+        Args:
+            prompt: text, in which special tokens are parsed, or token ids, which are taken as they are.
+            max_tokens: generate at most this many; None for as many as the context holds.
+            temperature: 0 always takes the likeliest token; above, chance has a say.
+            top_k: only the k likeliest tokens; 0 for all.
+            top_p: of these the fewest whose probabilities sum up to this.
+            min_p: of these the ones at least this fraction as likely as the likeliest.
+            repeat_penalty: above 1 makes the last 64 tokens less likely.
+            seed: of chance; None for a new one, which the Completion tells.
+            stop: strings that end the text and are not part of it.
+            mask: constrains the tokens.
+            stream: give an iterator of chunks instead, as they come; closing it ends the work.
+
+        Raises:
+            ContextError: the prompt does not fit the context.
+            TokenError: an id outside the vocabulary.
+            RequestError: an argument makes no sense.
+            KernelError: the computation failed, or gave no numbers.
+        """
+        self._check_open()
+        seed = secrets.randbits(64) if seed is None else seed
+        sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
+        job = Job(ids, sampling, max_tokens=max_tokens, end_ids=self.tokenizer.eog_ids, mask=mask)
+        self._engine.check(job)
+        chunks = self._chunks(job, seed, StopStrings([stop] if isinstance(stop, str) else stop))
+        if stream:
+            return chunks
+        *_, last = chunks
+        assert last.completion is not None
+        return last.completion
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
+    ) -> Iterator[CompletionChunk]: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
+    ) -> Completion | Iterator[CompletionChunk]:
+        """Answer a conversation, by the model's own chat template.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text}; special tokens in them stay text.
+            stream: as for `generate`.
+            options: as for `generate`.
+
+        Raises:
+            TemplateError: there is no template, or it fails.
+            PhiquantError: as `generate`.
+        """
+        ids = chat.encode(self.tokenizer, messages)
+        return self.generate(ids, stream=True, **options) if stream else self.generate(ids, **options)
+
+    def tokenize(self, text: str, special: bool = True, add_bos: bool | None = None) -> list[int]:
+        """Token ids of a text; `special` parses special tokens in it, `add_bos` None does as the file says."""
+        return self.tokenizer.encode(text, special=special, add_bos=add_bos)
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens left out. Raises TokenError."""
+        return self.tokenizer.decode(ids)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of the token after each of `ids`: float32 [len(ids), vocabulary], one row per token.
+
+        Computed in chunks of at most `batch` tokens; a row's bits do not depend on the chunks. Raises TokenError,
+        ContextError.
+        """
+        self._check_open()
+        job = Job(ids, None)
+        self._engine.submit(job)
+        try:
+            self._engine.advance(job, len(job.ids))
+        finally:
+            self._engine.cancel(job)
+        assert job.logits is not None
+        return job.logits
+
+    def close(self) -> None:
+        """Free threads and memory, and unmap the file; work that goes on elsewhere fails."""
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+            self._gguf.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LLM({self.config.name!r}, context={self.context}, backend={self.backend!r})"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError("the model is closed; load it again")
+
+    def _chunks(self, job: Job, seed: int, stops: StopStrings) -> Iterator[CompletionChunk]:
+        """Submit the job and turn its tokens into text as they come."""
+        stream = self.tokenizer.stream(continuation=self.tokenizer.continues(job.ids))
+        pieces: list[str] = []
+        begin = first = time.perf_counter()
+        self._engine.submit(job)
+        try:
+            done = False
+            while not done:
+                seen = len(job.ids)
+                self._engine.advance(job, seen)
+                if seen == job.prompt_length:
+                    first = time.perf_counter()
+                new = tuple(job.ids[seen:])
+                text, done = stops.push("".join(map(stream.push, new)))
+                if job.finish is not None and not done:
+                    rest, done = stops.push(stream.finish())
+                    text += rest if done else rest + stops.finish()
+                    done = True
+                pieces.append(text)
+                if not done:
+                    yield CompletionChunk(text, new)
+        finally:
+            self._engine.cancel(job)
+        finish: Finish = "stop" if stops.stopped is not None else job.finish or "cancelled"
+        count, fresh = len(job.generated), job.prompt_length - job.shared
+        usage = Usage(job.prompt_length, job.shared, count)
+        prompt_seconds, decode_seconds = first - begin, time.perf_counter() - first
+        timings = Timings(
+            prompt_seconds,
+            decode_seconds,
+            fresh / max(prompt_seconds, 1e-9),
+            (count - 1) / max(decode_seconds, 1e-9),
+        )
+        whole = Completion("".join(pieces), tuple(job.generated), finish, usage, timings, seed)
+        yield CompletionChunk(text, new, whole)
+
+
+def _backend(name: str, progress: Callable[[str], None] | None) -> "Backend":
+    from phiquant.kernels.reference import ReferenceBackend
+
+    return ReferenceBackend()
