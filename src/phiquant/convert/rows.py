@@ -1,10 +1,17 @@
-"""Rows of one type to rows of another, with a check for NaN and infinity that costs next to nothing."""
+"""Rows of one type to rows of another, with a check for NaN and infinity.
+
+The compiled quantizers notice bad values as they go; rows that are only copied are checked here, at memory speed.
+"""
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from phiquant import quants
+from phiquant.errors import WeightsError
 from phiquant.gguf.types import GGMLType
+from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
 
 __all__ = ["convert_rows", "first_bad_row"]
 
@@ -21,16 +28,24 @@ _INFINITY = {
 _HALF_SCALES = (2, 0x7C00)
 
 
-def convert_rows(data: _Bytes, source: GGMLType, target: GGMLType, rows: int, columns: int) -> _Bytes:
-    """Return the bytes of `rows` rows as `target`, by way of float32; `data` holds them as `source`, contiguous."""
+def convert_rows(
+    data: _Bytes, source: GGMLType, target: GGMLType, rows: int, columns: int, *, keep_nan: bool = False
+) -> _Bytes:
+    """Return the bytes of `rows` rows as `target`, by way of float32; `data` holds them as `source`, contiguous.
+
+    WeightsError if a value is NaN, infinite or too large for `target`, unless `keep_nan`.
+    """
     if source is target:
+        if not keep_nan and first_bad_row(data, source, rows) is not None:
+            raise WeightsError(f"the weights hold NaN or infinity as {source.name}")
         return data
+    values: npt.NDArray[Any] = data.reshape(rows, -1)
     if source is GGMLType.F64:
         with np.errstate(over="ignore"):
-            values = data.view("<f8").astype(np.float32)
-    else:
-        values = quants.dequantize(data, source, (rows * columns,))
-    return quants.quantize(values.reshape(rows, columns), target).reshape(-1)
+            values, source = data.view("<f8").astype(np.float32).reshape(rows, columns), GGMLType.F32
+    elif source not in FLOATS:
+        values, source = dequantize_rows(data, source, rows, columns), GGMLType.F32
+    return quantize_rows(values, source, target, nonfinite="keep" if keep_nan else "raise").reshape(-1)
 
 
 def first_bad_row(data: _Bytes, kind: GGMLType, rows: int) -> int | None:

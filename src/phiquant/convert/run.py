@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from phiquant.convert.entries import Entry
 from phiquant.convert.filetypes import Target, parse_file_type
@@ -22,7 +23,7 @@ from phiquant.convert.recipes import Options, PlannedTensor
 from phiquant.convert.rows import convert_rows, first_bad_row
 from phiquant.convert.source import CheckpointSource, open_source
 from phiquant.errors import RequestError, WeightsError
-from phiquant.gguf import GGMLType, GGUFWriter
+from phiquant.gguf import GGUFWriter
 
 __all__ = ["Progress", "Report", "convert", "execute", "quantize"]
 
@@ -53,6 +54,10 @@ class _Chunk:
     tensor: PlannedTensor
     row: int
     rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.tensor.shape[-1]
 
 
 def convert(
@@ -166,28 +171,29 @@ class _Run:
                 buffer = np.empty(size, np.uint8)
             data = buffer[:size]
             self._source.read_into(tensor.name, chunk.row * row_bytes, data)
-            self._refuse_bad(chunk, data, tensor.source, "holds NaN or infinity")
-            converted = convert_rows(data, tensor.source, tensor.type, chunk.rows, tensor.shape[-1])
-            if tensor.type is not tensor.source:
-                self._refuse_bad(chunk, converted, tensor.type, f"holds values too large for {tensor.type.name}")
+            try:
+                converted = convert_rows(data, tensor.source, tensor.type, *chunk.shape, keep_nan=self._keep_nan)
+            except WeightsError as error:
+                raise _blamed(chunk, data) from error
             self._writer.write(tensor.name, converted, chunk.row * tensor.type.row_bytes(tensor.shape[-1]))
             if self._progress is not None:
                 with self._lock:
                     self._progress.advanced(size, tensor.name)
 
-    def _refuse_bad(
-        self, chunk: _Chunk, data: np.ndarray[tuple[int], np.dtype[np.uint8]], kind: GGMLType, problem: str
-    ) -> None:
-        if self._keep_nan:
-            return
-        row = first_bad_row(data, kind, chunk.rows)
-        if row is not None:
-            remedy = (
-                "choose bf16 or f32, or " if "large" in problem else "the checkpoint is damaged; download it again, or "
-            )
-            raise WeightsError(
-                f"Tensor {chunk.tensor.name} {problem} in row {chunk.row + row}; {remedy}pass --keep-nan to go on."
-            )
+
+def _blamed(chunk: _Chunk, data: npt.NDArray[np.uint8]) -> WeightsError:
+    """The sentence that names the tensor and the row for which a chunk was refused."""
+    tensor = chunk.tensor
+    row = first_bad_row(data, tensor.source, chunk.rows)
+    if row is not None:
+        problem, remedy = "NaN or infinity", "the checkpoint is damaged; download it again"
+    else:
+        kept = convert_rows(data, tensor.source, tensor.type, *chunk.shape, keep_nan=True)
+        row = first_bad_row(kept, tensor.type, chunk.rows) or 0
+        problem, remedy = f"values too large for {tensor.type.name}", "choose bf16 or f32"
+    return WeightsError(
+        f"Tensor {tensor.name} holds {problem} in row {chunk.row + row}; {remedy}, or pass --keep-nan to go on."
+    )
 
 
 def _chunks(tensors: Iterable[PlannedTensor]) -> Iterator[_Chunk]:
