@@ -60,9 +60,7 @@ def quantize_rows(
     """
     entry = quants.format_of(type)
     if source not in FLOATS:
-        raise UnsupportedError(
-            f"{source.name} weights are not quantized directly; dequantize them to F32 first"
-        )
+        raise UnsupportedError(f"{source.name} weights are not quantized directly; dequantize them to F32 first")
     if x.ndim != 2 or not x.flags.c_contiguous:
         raise WeightsError(f"rows to quantize must be a contiguous matrix, not of shape {x.shape}")
     rows, n = x.shape[0], x.shape[1] * x.itemsize // source.block_bytes
@@ -123,9 +121,7 @@ def _complaint(x: npt.NDArray[Any], source: GGMLType, type: GGMLType, flags: int
     values = dequantize_rows(x, source, len(x), x.shape[1] * x.itemsize // source.block_bytes)
     bad = ~np.isfinite(values).all(axis=1)
     if flags & INFINITE_INPUT and bad.any():
-        return (
-            f"row {int(bad.argmax())} of the weights holds NaN or infinity; repair it or keep them by force"
-        )
+        return f"row {int(bad.argmax())} of the weights holds NaN or infinity; repair it or keep them by force"
     row = int(np.abs(values).max(axis=1).argmax())
     return f"row {row} of the weights holds values too large for {type.name} (up to {np.abs(values[row]).max():g})"
 

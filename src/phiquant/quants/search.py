@@ -161,13 +161,13 @@ def fit_range(
 ) -> tuple[Floats, Floats, Levels]:
     """Scale, offset >= 0 and levels 0..top with scale * level - offset near x; `steps` + 1 widths of the range tried.
 
-    The error is the sum of w |difference| if `absolute`, else of w difference**2.
+    The error is the sum of w |difference| if `absolute`, else of w difference**2. A try that is better moves the lower
+    end of the range to its own offset, from where the later tries start.
     """
     low = smallest(x)
     low = np.where(low > 0, np.float32(0), low)
     high = x.max(axis=0)
     flat = high <= low
-    span = high - low
     sum_w, sum_x = weights[0], weights[0] * x[0]
     for w, v in zip(weights[1:], x[1:], strict=True):
         sum_w = sum_w + w
@@ -177,27 +177,26 @@ def fit_range(
         difference = scale * t + offset - x
         return ordered_sum(weights * (np.abs(difference) if absolute else difference * difference))
 
-    shifted = x - low
-    inverse = np.float32(top) / span
-    scale, offset = np.float32(1) / inverse, low
-    levels = levels_of(inverse * shifted, 0, top)
-    best = error_of(scale, offset, levels.astype(np.float32))
+    inverse = np.float32(top) / (high - low)
+    scale = np.float32(1) / inverse
+    levels = levels_of(inverse * (x - low), 0, top)
+    best = error_of(scale, low, levels.astype(np.float32))
     for step in range(steps + 1):
-        inverse = (np.float32(first) + np.float32(stride) * np.float32(step) + np.float32(top)) / span
-        tried = levels_of(inverse * shifted, 0, top)
+        inverse = (np.float32(first) + np.float32(stride) * np.float32(step) + np.float32(top)) / (high - low)
+        tried = levels_of(inverse * (x - low), 0, top)
         t = tried.astype(np.float32)
         wt = weights * t
         sum_l, sum_ll, sum_xl = ordered_sum(wt), ordered_sum(wt * t), ordered_sum(wt * x)
         determinant = sum_w * sum_ll - sum_l * sum_l
         new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        new_offset = (sum_ll * sum_x - sum_l * sum_xl) / determinant
-        above = new_offset > 0
+        new_low = (sum_ll * sum_x - sum_l * sum_xl) / determinant
+        above = new_low > 0
         new_scale = np.where(above, sum_xl / sum_ll, new_scale)
-        new_offset = np.where(above, np.float32(0), new_offset)
-        error = error_of(new_scale, new_offset, t)
+        new_low = np.where(above, np.float32(0), new_low)
+        error = error_of(new_scale, new_low, t)
         better = (determinant > 0) & (error < best)
         best = np.where(better, error, best)
         scale = np.where(better, new_scale, scale)
-        offset = np.where(better, new_offset, offset)
+        low = np.where(better, new_low, low)
         levels = np.where(better, tried, levels)
-    return np.where(flat, np.float32(0), scale), -offset, np.where(flat, 0, levels)
+    return np.where(flat, np.float32(0), scale), -low, np.where(flat, 0, levels)

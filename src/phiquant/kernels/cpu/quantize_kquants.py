@@ -10,7 +10,16 @@ from phiquant.quants import Format
 
 from .emit import Emitter, Value
 from .quantize_lanes import Arguments, Column, Kernel
-from .quantize_search import EPSILON, absolute_peak, fit_descent, fit_range, fit_symmetric, fit_unsigned
+from .quantize_search import (
+    EPSILON,
+    RangeSearch,
+    absolute_peak,
+    fit_descent,
+    fit_range,
+    fit_symmetric,
+    fit_unsigned,
+    range_level,
+)
 from .simd import nearest_int
 
 __all__ = ["emit_kquant"]
@@ -22,18 +31,19 @@ class _Ranged:
 
     count: int  # sub-blocks
     most: int  # largest integer scale
-    top: int  # largest level
-    first: float  # the search without importance
-    stride: float
-    steps: int
-    absolute: bool
-    group: int  # widths tried together: as many as keep their sums in registers
+    plain: RangeSearch
+    together: int  # sub-blocks searched at once
+
+    @property
+    def weighted(self) -> RangeSearch:
+        """The search with importance."""
+        return RangeSearch(self.plain.top, -0.9, 0.05, 36)
 
 
 _RANGED = {
-    GGMLType.Q2_K: _Ranged(16, 15, 3, -0.5, 0.1, 15, True, 4),
-    GGMLType.Q4_K: _Ranged(8, 63, 15, -1.0, 0.1, 20, False, 3),
-    GGMLType.Q5_K: _Ranged(8, 63, 31, -0.5, 0.1, 15, False, 4),
+    GGMLType.Q2_K: _Ranged(16, 15, RangeSearch(3, -0.5, 0.1, 15, absolute=True), 2),
+    GGMLType.Q4_K: _Ranged(8, 63, RangeSearch(15, -1.0, 0.1, 20), 2),
+    GGMLType.Q5_K: _Ranged(8, 63, RangeSearch(31, -0.5, 0.1, 15), 2),
 }
 
 
@@ -68,10 +78,12 @@ def _pairs(first: list[Value], second: list[Value]) -> list[Value]:
 
 def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
     e, n = k.e, 256 // r.count
-    x, w, scratch = k.column(256), k.column(n), k.column(n * r.group)
+    x, scratch = k.column(256), k.column(n * r.together)
+    ws = [k.column(n) for _ in range(r.together)]
     importance = k.column(256) if weighted else None
     scales, offsets, inverses, lows, totals = (k.column(r.count) for _ in range(5))
     integers = k.column(r.count), k.column(r.count)
+    search = r.weighted if weighted else r.plain
 
     def group(first: Value) -> None:
         k.load(x, first)
@@ -79,28 +91,16 @@ def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
         if importance is not None:
             k.load_importance(importance, first)
             sigma = _sigma(k, x, 1 if r.count == 16 else 2)
-        with e.loop(0, r.count) as j:
-            part = x.start(j * n)
-            _weigh(k, part, w, n, r, importance.start(j * n) if importance else None, sigma)
-            if weighted:
-                fit = fit_range(k, part, n, r.top, w, scratch, first=-0.9, stride=0.05, steps=36, group=r.group)
-                totals.put(j, k.total(n, w.at))
-            else:
-                fit = fit_range(
-                    k,
-                    part,
-                    n,
-                    r.top,
-                    w,
-                    scratch,
-                    first=r.first,
-                    stride=r.stride,
-                    steps=r.steps,
-                    absolute=r.absolute,
-                    group=r.group,
-                )
-            for column, value in zip((scales, offsets, inverses, lows), fit, strict=True):
-                column.put(j, value)
+        with e.loop(0, r.count, r.together) as j:
+            parts = [x.start((j + g) * n) for g in range(r.together)]
+            for g, w in enumerate(ws):
+                given = importance.start((j + g) * n) if importance else None
+                _weigh(k, parts[g], w, n, search, given, sigma)
+                if weighted:
+                    totals.put(j + g, k.total(n, w.at))
+            for g, fit in enumerate(fit_range(k, parts, ws, n, search, scratch)):
+                for column, value in zip((scales, offsets, inverses, lows), fit, strict=True):
+                    column.put(j + g, value)
         units, reals = [], []
         for values, levels in zip((scales, offsets), integers, strict=True):
             if weighted:
@@ -121,7 +121,7 @@ def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
                 v = part.at(i)
                 found = inverse * (v - lowest)
                 again = (v + offset) / scale
-                part.put(i, k.round(k.clamp(e.where(none, found, again), 0, r.top)).to_int())
+                part.put(i, range_level(k, e.where(none, found, again), search.top))
 
             k.each(n, level)
         first_bytes, second_bytes = ([levels.int_at(j) for j in range(r.count)] for levels in integers)
@@ -136,7 +136,9 @@ def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
     k.groups(group)
 
 
-def _weigh(k: Kernel, x: Column, w: Column, n: int, r: _Ranged, importance: Column | None, sigma: Value) -> None:
+def _weigh(
+    k: Kernel, x: Column, w: Column, n: int, search: RangeSearch, importance: Column | None, sigma: Value
+) -> None:
     """The weights of one sub-block."""
     e = k.e
     if importance is not None:
@@ -146,7 +148,7 @@ def _weigh(k: Kernel, x: Column, w: Column, n: int, r: _Ranged, importance: Colu
             w.put(i, importance.at(i) * e.sqrt(sigma + v * v))
 
         k.each(n, important)
-    elif r.absolute:
+    elif search.absolute:
         k.each(n, lambda i: w.put(i, e.abs(x.at(i))))
     else:
 

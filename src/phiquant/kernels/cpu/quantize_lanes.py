@@ -101,11 +101,6 @@ class Lanes:
         """Float32 or int32 kept within low..high; NaN becomes low."""
         return self.e.min(self.e.max(v, low), high)
 
-    def finite(self, v: Value) -> Value:
-        """v, or 0 where it is infinite or NaN: a block divided by nothing keeps levels of 0."""
-        magnitude = v.bits(self.ints) & 0x7FFFFFFF
-        return self.e.where(magnitude < _INFINITY_BITS, v, self.real(0))
-
     def reciprocal(self, v: Value) -> Value:
         """1 / v, or 0 where v is 0."""
         return self.e.where(v != 0.0, 1.0 / v, self.real(0))

@@ -7,7 +7,7 @@ from phiquant.quants import Format
 
 from .emit import F32, I16, I32, I64, Emitter, Value, vec
 from .quantize_lanes import INFINITE_INPUT, INFINITE_SCALE, Arguments, Column, Kernel, widen
-from .quantize_search import absolute_peak, fit_range, fit_symmetric, symmetric_level
+from .quantize_search import RangeSearch, absolute_peak, fit_range, fit_symmetric, range_level, symmetric_level
 from .simd import float_to_bfloat, float_to_half, reduce, round_away
 
 __all__ = ["emit_floats", "emit_legacy", "emit_mean_squares"]
@@ -22,7 +22,7 @@ def emit_legacy(e: Emitter, entry: Format, source: GGMLType, weighted: bool, arg
     x = k.column(32)
     weighted = weighted and entry.type is not GGMLType.Q8_0
     w, importance = (k.column(32), k.column(32)) if weighted else (None, None)
-    scratch = k.column(64) if weighted and entry.type in _RANGED else None
+    scratch = k.column(32) if weighted and entry.type in _RANGED else None
 
     def group(first: Value) -> None:
         k.load(x, first)
@@ -81,9 +81,10 @@ def _ranged(k: Kernel, x: Column, w: Column | None, scratch: Column | None, top:
         inverse = k.reciprocal(d)
         k.each(32, lambda i: x.put(i, e.min(_truncated(k, (x.at(i) - m) * inverse + 0.5), top)))
     else:
-        d, offset, inverse, lowest = fit_range(k, x, 32, top, w, scratch, first=-0.9, stride=0.05, steps=36, group=2)
+        search = RangeSearch(top, -0.9, 0.05, 36)
+        ((d, offset, inverse, lowest),) = fit_range(k, [x], [w], 32, search, scratch)
         m = -offset
-        k.each(32, lambda i: x.put(i, k.round(k.clamp(inverse * (x.at(i) - lowest), 0, top)).to_int()))
+        k.each(32, lambda i: x.put(i, range_level(k, inverse * (x.at(i) - lowest), top)))
     return {"d": k.half(d)[0], "m": k.half(m)[0]}
 
 

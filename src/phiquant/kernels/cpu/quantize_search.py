@@ -9,12 +9,23 @@ its levels came from instead of the levels: one multiplication finds them again 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from .emit import F32, Value
 from .quantize_lanes import Column, Lanes
 from .simd import nearest_int
 
-__all__ = ["EPSILON", "absolute_peak", "fit_descent", "fit_range", "fit_symmetric", "fit_unsigned", "symmetric_level"]
+__all__ = [
+    "EPSILON",
+    "RangeSearch",
+    "absolute_peak",
+    "fit_descent",
+    "fit_range",
+    "fit_symmetric",
+    "fit_unsigned",
+    "range_level",
+    "symmetric_level",
+]
 
 EPSILON = 1e-15
 
@@ -208,101 +219,138 @@ def fit_unsigned(k: Lanes, x: Column, n: int, top: int, w: Column, levels: Colum
     return e.where(empty, k.real(0), scale)
 
 
+@dataclass(frozen=True)
+class RangeSearch:
+    """The widths that `fit_range` tries: (first + stride * i + top) / range for i in 0..steps."""
+
+    top: int
+    first: float
+    stride: float
+    steps: int
+    absolute: bool = False  # the error is weight * |difference|, else weight * difference**2
+
+
+def range_level(k: Lanes, v: Value, top: int) -> Value:
+    """v to the nearest of 0..top as int32, as the reference rounds: what is beyond 2**22 wraps."""
+    return k.clamp(nearest_int(k.e, v), 0, top)
+
+
 def fit_range(
-    k: Lanes,
-    x: Column,
-    n: int,
-    top: int,
-    w: Column,
-    scratch: Column,
-    *,
-    first: float,
-    stride: float,
-    steps: int,
-    absolute: bool = False,
-    group: int = 3,
-) -> tuple[Value, Value, Value, Value]:
-    """Scale, offset >= 0, and the inverse and lowest value that give the levels: round(inverse * (x - lowest)).
+    k: Lanes, xs: list[Column], ws: list[Column], n: int, search: RangeSearch, scratch: Column
+) -> list[tuple[Value, Value, Value, Value]]:
+    """For each column x: scale, offset >= 0, and the inverse and low end whose levels were best.
 
-    `group` widths are tried together; `scratch` holds n * group vectors. A flat block has scale and inverse 0.
+    The levels are `range_level(inverse * (x - low))`. A flat block has scale and inverse 0. Several columns are worked
+    on at once because each try waits for the one before: a better one moves the low end. `scratch` holds n vectors
+    for each column.
     """
-    e = k.e
-    low, high = e.var(x.at(0)), e.var(x.at(0))
-    sum_w, sum_x = e.var(k.real(0)), e.var(k.real(0))
-
-    def extent(i: Value) -> None:
-        v, weight = x.at(i), w.at(i)
-        low.set(e.where(v < low.get(), v, low.get()))
-        high.set(e.where(v > high.get(), v, high.get()))
-        sum_w.set(sum_w.get() + weight)
-        sum_x.set(sum_x.get() + weight * v)
-
-    k.each(n, extent)
-    lowest = e.where(low.get() > 0.0, k.real(0), low.get())
-    span = high.get() - lowest
-    flat = high.get() <= lowest
-    total_w, total_x = sum_w.get(), sum_x.get()
+    e, top, count = k.e, search.top, len(xs)
+    fits = [_RangeFit(k, x, w, n, top) for x, w in zip(xs, ws, strict=True)]
 
     def size(difference: Value) -> Value:
-        return e.abs(difference) if absolute else difference * difference
+        return e.abs(difference) if search.absolute else difference * difference
 
-    def level_of(inverse: Value, shifted: Value) -> Value:
-        return k.round(e.min(inverse * shifted, float(top)))
+    def plain_errors(i: Value) -> None:
+        for fit in fits:
+            v = fit.x.at(i)
+            level = range_level(k, fit.inverse.get() * (v - fit.low.get()), top).to_float()
+            difference = fit.scale.get() * level + fit.low.get() - v
+            fit.best.set(fit.best.get() + fit.w.at(i) * size(difference))
 
-    exact = k.real(top) / span
-    scale, offset, inverse = e.var(1.0 / exact), e.var(lowest), e.var(k.finite(exact))
+    k.each(n, plain_errors)
+    with e.loop(0, search.steps + 1) as step:
+        width = (e.const(F32, search.stride) * step.to_float(F32) + e.const(F32, search.first)) + float(top)
+        tried = [e.where(fit.flat, k.real(0), width / fit.span()) for fit in fits]
+        lows = [fit.low.get() for fit in fits]
+        sums = [[e.var(k.real(0)) for _ in range(3)] for _ in fits]
 
-    def plain_error(i: Value) -> Value:
-        v = x.at(i)
-        return w.at(i) * size(scale.get() * level_of(inverse.get(), v - lowest) + lowest - v)
-
-    best = e.var(k.total(n, plain_error))
-    with e.loop(0, steps + 1, group) as i:
-        tried, sums = [], []
-        for g in range(group):
-            width = (e.const(F32, stride) * (i + g).to_float(F32) + e.const(F32, first)) + float(top)
-            tried.append(k.finite(e.splat(width, k.count) / span))
-            sums.append([e.var(k.real(0)) for _ in range(3)])
-
-        def accumulate(i: Value) -> None:
-            v, weight = x.at(i), w.at(i)
-            shifted = v - lowest
-            for g in range(group):
-                level = level_of(tried[g], shifted)
-                scratch.put(i * group + g, level)
+        def accumulate(i: Value, exact: bool) -> None:
+            for g, fit in enumerate(fits):
+                v, weight = fit.x.at(i), fit.w.at(i)
+                scaled = tried[g] * (v - lows[g])
+                level = range_level(k, scaled, top).to_float() if exact else k.round(k.clamp(scaled, 0, top))
+                scratch.put(i * count + g, level)
                 wl = weight * level
                 for total, term in zip(sums[g], (wl, wl * level, wl * v), strict=True):
                     total.set(total.get() + term)
 
-        k.each(n, accumulate)
-        scales, offsets, valid, errors = [], [], [], []
-        for g in range(group):
-            sum_l, sum_ll, sum_xl = (total.get() for total in sums[g])
-            determinant = total_w * sum_ll - sum_l * sum_l
-            new_scale = (total_w * sum_xl - total_x * sum_l) / determinant
-            new_offset = (sum_ll * total_x - sum_l * sum_xl) / determinant
-            above = new_offset > 0.0
-            scales.append(e.where(above, sum_xl / sum_ll, new_scale))
-            offsets.append(e.where(above, k.real(0), new_offset))
-            ok = determinant > 0.0
-            if (steps + 1) % group:
-                ok = ok & e.splat(i + g <= steps, k.count)
-            valid.append(ok)
-            errors.append(e.var(k.real(0)))
+        # rounding and clamping may be exchanged while no level wraps: not where the range shrank to next to nothing
+        bounded = [fit.bounded(inverse) for fit, inverse in zip(fits, tried, strict=True)]
+        usual = ~k.any(~bounded[0])
+        for other in bounded[1:]:
+            usual = usual & ~k.any(~other)
+        with e.choose(usual) as (yes, no):
+            with yes:
+                k.each(n, lambda i: accumulate(i, False))
+            with no:
+                k.each(n, lambda i: accumulate(i, True))
+        tries = [fit.solve(*(total.get() for total in three)) for fit, three in zip(fits, sums, strict=True)]
+        errors = [e.var(k.real(0)) for _ in fits]
 
         def measure(i: Value) -> None:
-            v, weight = x.at(i), w.at(i)
-            for g in range(group):
-                difference = scales[g] * scratch.at(i * group + g) + offsets[g] - v
-                errors[g].set(errors[g].get() + weight * size(difference))
+            for g, (fit, (_, scale, low)) in enumerate(zip(fits, tries, strict=True)):
+                difference = scale * scratch.at(i * count + g) + low - fit.x.at(i)
+                errors[g].set(errors[g].get() + fit.w.at(i) * size(difference))
 
         k.each(n, measure)
-        for g in range(group):
-            error = errors[g].get()
-            better = valid[g] & (error < best.get())
-            best.set(e.where(better, error, best.get()))
-            scale.set(e.where(better, scales[g], scale.get()))
-            offset.set(e.where(better, offsets[g], offset.get()))
-            inverse.set(e.where(better, tried[g], inverse.get()))
-    zero = k.real(0)
-    return e.where(flat, zero, scale.get()), -offset.get(), e.where(flat, zero, inverse.get()), lowest
+        for fit, (valid, scale, low), error, inverse, start in zip(fits, tries, errors, tried, lows, strict=True):
+            better = valid & (error.get() < fit.best.get())
+            for variable, value in (
+                (fit.best, error.get()),
+                (fit.scale, scale),
+                (fit.low, low),
+                (fit.inverse, inverse),
+                (fit.start, start),
+            ):
+                variable.set(e.where(better, value, variable.get()))
+    return [fit.result() for fit in fits]
+
+
+class _RangeFit:
+    """State of one column's search."""
+
+    def __init__(self, k: Lanes, x: Column, w: Column, n: int, top: int) -> None:
+        e = k.e
+        self.k, self.x, self.w = k, x, w
+        low, high = e.var(x.at(0)), e.var(x.at(0))
+        sum_w, sum_x = e.var(k.real(0)), e.var(k.real(0))
+
+        def extent(i: Value) -> None:
+            v, weight = x.at(i), w.at(i)
+            low.set(e.where(v < low.get(), v, low.get()))
+            high.set(e.where(v > high.get(), v, high.get()))
+            sum_w.set(sum_w.get() + weight)
+            sum_x.set(sum_x.get() + weight * v)
+
+        k.each(n, extent)
+        self.smallest = e.where(low.get() > 0.0, k.real(0), low.get())
+        self.high, self.sum_w, self.sum_x = high.get(), sum_w.get(), sum_x.get()
+        self.flat = self.high <= self.smallest
+        exact = e.where(self.flat, k.real(0), k.real(top) / (self.high - self.smallest))
+        self.low, self.start = e.var(self.smallest), e.var(self.smallest)
+        self.inverse, self.scale, self.best = e.var(exact), e.var(1.0 / exact), e.var(k.real(0))
+
+    def span(self) -> Value:
+        """The width of the range from the present low end."""
+        return self.high - self.low.get()
+
+    def bounded(self, inverse: Value) -> Value:
+        """Whether every inverse * (x - low) stays below 2**22 in magnitude."""
+        e, low = self.k.e, self.low.get()
+        above = e.abs(inverse * (self.high - low)) < 2.0**22
+        return above & (e.abs(inverse * (self.smallest - low)) < 2.0**22)
+
+    def solve(self, sum_l: Value, sum_ll: Value, sum_xl: Value) -> tuple[Value, Value, Value]:
+        """Whether a try is valid, and its least-squares scale and low end."""
+        e = self.k.e
+        determinant = self.sum_w * sum_ll - sum_l * sum_l
+        scale = (self.sum_w * sum_xl - self.sum_x * sum_l) / determinant
+        low = (sum_ll * self.sum_x - sum_l * sum_xl) / determinant
+        above = low > 0.0
+        return determinant > 0.0, e.where(above, sum_xl / sum_ll, scale), e.where(above, self.k.real(0), low)
+
+    def result(self) -> tuple[Value, Value, Value, Value]:
+        """What `fit_range` returns of this column."""
+        e, zero = self.k.e, self.k.real(0)
+        scale, inverse = (e.where(self.flat, zero, v.get()) for v in (self.scale, self.inverse))
+        return scale, -self.low.get(), inverse, self.start.get()
