@@ -8,7 +8,8 @@ arguments, `counter` that of a shared 32-bit word that is 0 when the operation b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ...errors import KernelError
 from .emit import I64, Emitter, Value
 
-__all__ = ["ERROR_OFFSET", "Arguments", "NativeOp", "Region", "aligned"]
+__all__ = ["ERROR_OFFSET", "Arguments", "NativeOp", "Region", "StepHeader", "aligned", "tickets"]
 
 ERROR_OFFSET = 8
 
@@ -95,3 +96,29 @@ class Arguments:
     def read_all(self, e: Emitter, block: Value, names: Sequence[str] | None = None) -> list[Value]:
         """Load several words, all in declared order by default."""
         return [self.read(e, block, n) for n in names or self.names]
+
+
+@contextmanager
+def tickets(e: Emitter, counter: Value, count: Value) -> Iterator[Value]:
+    """A loop over the numbers below `count` that this thread gets; every number goes to exactly one thread."""
+    with e.forever() as done:
+        ticket = e.atomic_add(counter, 1)
+        done(ticket >= count)
+        yield ticket
+
+
+class StepHeader:
+    """The sizes of the running step, as int64 words whose addresses never change."""
+
+    NAMES = ("tokens", "outputs", "first_tile", "last_tile")
+
+    def __init__(self) -> None:
+        self._words = aligned(64).view(np.int64)
+
+    def address(self, name: str) -> int:
+        """Of one word."""
+        return int(self._words.ctypes.data) + 8 * self.NAMES.index(name)
+
+    def set(self, name: str, value: int) -> None:
+        """Write one word; not while a native call runs."""
+        self._words[self.NAMES.index(name)] = value

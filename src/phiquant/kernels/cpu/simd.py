@@ -18,6 +18,7 @@ __all__ = [
     "float_to_bfloat",
     "float_to_half",
     "half_to_float",
+    "multiply_add",
     "nearest_int",
     "reduce",
     "round_away",
@@ -203,6 +204,11 @@ def round_away(e: Emitter, x: Value) -> Value:
     return whole + e.where(rest >= 0.5, e.const(whole.type, 1), e.where(rest <= -0.5, e.const(whole.type, -1), 0))
 
 
+def multiply_add(e: Emitter, a: Value, b: Value | float, c: Value | float) -> Value:
+    """a * b + c: with one rounding where that is an instruction, else with two. One processor always does the same."""
+    return e.fma(a, b, c) if e.target.has_fma else a * b + c
+
+
 # exp(r) on [-ln2/2, ln2/2] by its series to degree 7, highest first; the next term is below 5e-9.
 _EXP = (1.9841270e-4, 1.3888889e-3, 8.3333338e-3, 4.1666668e-2, 1.6666667e-1, 0.5, 1.0, 1.0)
 
@@ -212,11 +218,11 @@ def exp(e: Emitter, x: Value) -> Value:
     low = e.max(x, -104.0)
     clamped = e.min(low, 89.0)
     n = e.rint(clamped * 1.4426950408889634)
-    r = e.fma(n, -0.693145751953125, clamped)
-    r = e.fma(n, -1.428606765330187e-06, r)
+    r = multiply_add(e, n, -0.693145751953125, clamped)
+    r = multiply_add(e, n, -1.428606765330187e-06, r)
     p = e.const(x.type, _EXP[0])
     for c in _EXP[1:]:
-        p = e.fma(p, r, c)
+        p = multiply_add(e, p, r, c)
     # 2**n in two factors, so that n = 128 and subnormal results do not wrap the exponent field.
     i = n.to_int()
     half = i >> 1

@@ -11,7 +11,7 @@ import llvmlite.binding as llvm
 
 from ...errors import KernelError
 
-__all__ = ["LOWERINGS", "Target", "host"]
+__all__ = ["LOWERINGS", "Target", "host", "not_chosen"]
 
 # Best first. Each names the features that its instructions need and those that a forced choice switches off.
 _X86 = ("avx512vnni", "avxvnni", "avx2", "sse41")
@@ -44,6 +44,11 @@ class Target:
     def has_half(self) -> bool:
         """Whether half precision is converted by the processor."""
         return "+f16c" in self.features.split(",") or self.lowering == "neon"
+
+    @property
+    def has_fma(self) -> bool:
+        """Whether a * b + c with one rounding is an instruction; else it is a slow call of the C library."""
+        return "+fma" in self.features.split(",") or self.triple.startswith(("aarch64", "arm64"))
 
     def machine(self, *, jit: bool = True) -> Any:
         """LLVM's target machine."""
@@ -90,3 +95,22 @@ def host(forced: str | None = None) -> Target:
 def have_string(features: dict[str, bool]) -> str:
     """LLVM's feature string of a feature table."""
     return ",".join(f"{'+' if on else '-'}{name}" for name, on in sorted(features.items()))
+
+
+def not_chosen() -> dict[str, str]:
+    """Every lowering but the host's, with the reason. Raises KernelError as `host`."""
+    have: dict[str, bool] = dict(llvm.get_host_cpu_features())
+    target = host()
+    arm = target.triple.startswith(("aarch64", "arm64"))
+    reasons: dict[str, str] = {}
+    for name in LOWERINGS:
+        missing = [feature for feature in _NEEDS[name] if not have.get(feature)]
+        if name != "generic" and (name == "neon") != arm:
+            reasons[name] = "for another kind of processor"
+        elif missing:
+            reasons[name] = f"the processor lacks {', '.join(missing)}"
+        elif LOWERINGS.index(name) < LOWERINGS.index(target.lowering):
+            reasons[name] = f"PHIQUANT_LOWERING asks for {target.lowering}"
+        elif name != target.lowering:
+            reasons[name] = f"{target.lowering} is better"
+    return reasons

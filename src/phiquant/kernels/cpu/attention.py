@@ -1,0 +1,347 @@
+"""Attention over the paged cache, with the softmax computed as the keys come (online), in one order for every caller.
+
+A ticket is a tile of tokens of one sequence with one key-value head: all query heads that share the head are rows of
+the tile. Keys are taken in blocks of 64 at absolute positions; for each block a few rows at a time compute
+
+    scores      keys in the lanes, channels one after the other          s[r, k] = Σ_d q[r, d] K[d, k]
+    softmax     m' = max(m, max s), p = exp(s - m'), l' = l exp(m - m') + Σ p
+    results     channels in the lanes, keys one after the other          o'[r] = o[r] exp(m - m') + Σ_k p[r, k] V[k]
+
+What a row computes depends on its own position only: a block that it cannot see is left out or contributes exactly
+nothing (p = 0 and m' = m), so tiles, chunks, threads, neighbours and page numbers never change a bit of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import KernelError
+from .cache import KVCache, StepTables
+from .emit import F32, I16, I32, I64, Emitter, Value, vec
+from .library import function
+from .operation import Arguments, NativeOp, Region, StepHeader, aligned, tickets
+from .simd import exp, half_to_float, multiply_add, reduce
+from .target import Target, host
+
+__all__ = ["HEAD_SIZES", "bind", "scratch", "tile"]
+
+HEAD_SIZES = tuple(range(16, 257, 16))
+"""Channels of a head that there are kernels for."""
+
+ARGS = Arguments(
+    "q", "out", "row_bytes", "positions", "slots", "pages", "columns", "tiles", "first_tile", "last_tile", "cache",
+    "page_bytes", "plane_bytes", "page_tokens", "kv_heads", "group", "scale", "window", "scratch", "scratch_bytes",
+    "rows",
+)  # fmt: skip
+
+_BLOCK, _GROUP = 64, 16  # keys of a block; keys that are never split between two pages
+_GROUPS = _BLOCK // _GROUP
+_TILE_ROWS = 32
+_UNLIMITED = 1 << 40  # a window wider than any position
+_NOTHING = -1e30  # below any score: finite, so that its difference to itself is 0
+
+
+def _tile_tokens(group: int) -> int:
+    return max(1, _TILE_ROWS // group)
+
+
+def tile(
+    positions: NDArray[np.int32], slots: NDArray[np.int32], group: int, window: int, out: NDArray[np.int32]
+) -> tuple[int, NDArray[np.int64]]:
+    """Cut the tokens of a step into tiles, those with most keys first.
+
+    Args:
+        positions, slots: int32 [n], as in `ops.Step`.
+        group: query heads for each key-value head.
+        window: as in `ops.AttentionShape`.
+        out: int32 [at least n, 4], receives (first token, tokens, lowest position, highest position) of each tile.
+
+    Returns:
+        The number of tiles, and for each its multiplications of a query row by a key, for one key-value head.
+
+    Raises:
+        KernelError: the positions of a sequence do not ascend.
+    """
+    n = len(positions)
+    same = slots[1:] == slots[:-1]
+    if np.any(same & (positions[1:] <= positions[:-1])):
+        raise KernelError("the positions of a sequence must ascend within a step")
+    starts = np.concatenate([[0], np.flatnonzero(~same) + 1])
+    stops = np.append(starts[1:], n)
+    most = _tile_tokens(group)
+    first = np.concatenate([np.arange(a, b, most) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
+    last = np.append(first[1:], n)
+    low, high = positions[first].astype(np.int64), positions[last - 1].astype(np.int64)
+    seen = high + 1 - (np.maximum(low + 1 - window, 0) if window else 0)
+    cost = seen * (last - first) * group
+    order = np.argsort(-cost, kind="stable")
+    out[: len(first)] = np.stack([first, last - first, low, high], axis=1)[order]
+    return len(first), cost[order]
+
+
+def _rows(cache: KVCache) -> int:
+    group = cache.shape.heads // cache.shape.kv_heads
+    return _tile_tokens(group) * group
+
+
+def _scratch_bytes(cache: KVCache) -> int:
+    rows, size = _rows(cache), cache.shape.head_size
+    used = 4 * rows * (2 * size + _BLOCK + _GROUP + 3) + 2 * 8 * _GROUPS
+    return -(-used // 256) * 256 + 64  # not a power of two, so that threads do not share cache sets
+
+
+def scratch(cache: KVCache, threads: int) -> NDArray[np.uint8]:
+    """Working memory that all attention operations of a model may share."""
+    return aligned(threads * _scratch_bytes(cache))
+
+
+def bind(
+    q: Region,
+    out: Region,
+    tables: StepTables,
+    header: StepHeader,
+    cache: KVCache,
+    layer: int,
+    memory: NDArray[np.uint8],
+    threads: int,
+    target: Target | None = None,
+) -> NativeOp:
+    """Attend; `memory` comes from `scratch`.
+
+    Raises:
+        KernelError: there is no kernel for the head size, or a buffer is too small.
+    """
+    shape = cache.shape
+    if shape.head_size not in HEAD_SIZES:
+        raise KernelError(f"no attention kernel for heads of {shape.head_size} channels; possible: {HEAD_SIZES}")
+    if not q.width == out.width == shape.q_width:
+        raise KernelError(f"attention with rows of {q.width} and {out.width} channels does not fit {shape}")
+    if min(len(tables.positions), len(tables.slots), len(tables.tiles), out.capacity) < q.capacity:
+        raise KernelError(f"the tables of a step have no room for {q.capacity} tokens")
+    if len(memory) < threads * _scratch_bytes(cache):
+        raise KernelError(f"attention by {threads} threads needs {threads * _scratch_bytes(cache)} bytes of scratch")
+    if cache.page_tokens % _GROUP or not 0 <= layer < len(cache.layers):
+        raise KernelError(f"no layer {layer} in a cache of {len(cache.layers)}, or pages not a multiple of {_GROUP}")
+    block = ARGS.pack(
+        q=q.address, out=out.address, row_bytes=4 * shape.q_width,
+        positions=tables.positions.ctypes.data, slots=tables.slots.ctypes.data,
+        pages=tables.pages.ctypes.data, columns=tables.pages.shape[1],
+        tiles=tables.tiles.ctypes.data,
+        first_tile=header.address("first_tile"), last_tile=header.address("last_tile"),
+        cache=cache.layers[layer].ctypes.data, page_bytes=cache.page_bytes, plane_bytes=cache.plane_bytes,
+        page_tokens=cache.page_tokens, kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
+        scale=int(np.float32(shape.scale).view(np.int32)), window=shape.window or _UNLIMITED,
+        scratch=memory.ctypes.data, scratch_bytes=_scratch_bytes(cache), rows=_rows(cache),
+    )  # fmt: skip
+    name = f"attention_{'f16' if cache.half else 'f32'}_{shape.head_size}"
+    kernel = function(name, 4, _emitter(shape.head_size, cache.half), target or host())
+    return NativeOp(kernel, block, (q, out, tables, header, cache, memory))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Rows that are computed together, and groups of keys that their scores are computed for at a time."""
+
+    rows: int
+    groups: int
+
+
+# Accumulators fill the registers: 32 of 16 lanes, 32 of 4, 16 of 8, 16 of 4.
+_PASSES = {
+    "avx512vnni": (_Pass(8, 2), _Pass(4, 4), _Pass(2, 4), _Pass(1, 4)),
+    "neon": (_Pass(4, 1), _Pass(2, 2), _Pass(1, 4)),
+    "avxvnni": (_Pass(4, 1), _Pass(2, 2), _Pass(1, 4)),
+    "avx2": (_Pass(4, 1), _Pass(2, 2), _Pass(1, 4)),
+    "sse41": (_Pass(2, 1), _Pass(1, 2)),
+    "generic": (_Pass(2, 1), _Pass(1, 2)),
+}
+
+
+class _Kernel:
+    """Emits the body for one head size and element type; holds the addresses that its parts share."""
+
+    def __init__(self, e: Emitter, head_size: int, half: bool, block: Value, thread: Value) -> None:
+        self.e, self.size, self.half = e, head_size, half
+        self.bytes = 2 if half else 4
+        self.lanes = e.target.vector_bytes // 4
+        self.vector = vec(F32, self.lanes)
+        self.accumulators = 24 if e.target.lowering in ("avx512vnni", "neon") else 12
+        self.a = dict(zip(ARGS.names, ARGS.read_all(e, block), strict=True))
+        self.scale = self.a["scale"].trunc(I32).bits(F32)
+        rows = self.a["rows"]
+        at = self.a["scratch"] + thread * self.a["scratch_bytes"]
+        self.tables = at
+        self.q = at + 2 * 8 * _GROUPS
+        self.results = self.q + 4 * head_size * rows
+        self.p = self.results + 4 * head_size * rows
+        self.sums = self.p + 4 * _BLOCK * rows
+        self.highest = self.sums + 4 * _GROUP * rows
+        self.factors = self.highest + 4 * rows
+        self.places = self.factors + 4 * rows
+
+    def load(self, address: Value) -> Value:
+        """One vector of cache elements as float32."""
+        if not self.half:
+            return self.e.load(address, self.vector)
+        return half_to_float(self.e, self.e.load(address, vec(I16, self.lanes)))
+
+    def run(self, tile: Value, head: Value) -> None:
+        """One ticket."""
+        e, a, group = self.e, self.a, self.a["group"]
+        entry = a["tiles"] + 16 * tile
+        first, tokens, lowest, highest = (e.load(entry + 4 * i, I32).sext(I64) for i in range(4))
+        slot = e.load(a["slots"] + 4 * first, I32).sext(I64)
+        table = a["pages"] + 4 * slot * a["columns"]
+        rows = tokens * group
+        offset = first * a["row_bytes"] + 4 * self.size * group * head
+        with e.loop(0, tokens) as token, e.loop(0, group) as member:
+            self._begin(token * group + member, offset + token * a["row_bytes"] + 4 * self.size * member,
+                        e.load(a["positions"] + 4 * (first + token), I32))  # fmt: skip
+        start, stop = e.max(lowest + 1 - a["window"], 0), highest + 1
+        with e.loop(start - start % _BLOCK, stop, _BLOCK) as block:
+            self._locate(table, head, block, stop)
+            done = e.integer(0)
+            for p in _PASSES[e.target.lowering]:
+                end = rows - (rows - done) % p.rows
+                with e.loop(done, end, p.rows) as row:
+                    self._pass(p, row, block)
+                done = end
+        with e.loop(0, tokens) as token, e.loop(0, group) as member:
+            self._finish(token * group + member, offset + token * a["row_bytes"] + 4 * self.size * member)
+
+    def _begin(self, row: Value, offset: Value, position: Value) -> None:
+        e = self.e
+        for i in range(0, 4 * self.size, 4 * self.lanes):
+            e.store(e.load(self.a["q"] + offset + i, self.vector), self.q + 4 * self.size * row + i)
+            e.store(e.const(self.vector, 0.0), self.results + 4 * self.size * row + i)
+        e.store(e.const(vec(F32, _GROUP), 0.0), self.sums + 4 * _GROUP * row)
+        e.store(e.const(F32, _NOTHING), self.highest + 4 * row)
+        e.store(position, self.places + 4 * row)
+
+    def _finish(self, row: Value, offset: Value) -> None:
+        e = self.e
+        inverse = 1.0 / reduce(e, e.load(self.sums + 4 * _GROUP * row, vec(F32, _GROUP)))
+        for i in range(0, 4 * self.size, 4 * self.lanes):
+            v = e.load(self.results + 4 * self.size * row + i, self.vector) * inverse
+            # -0.0 becomes 0.0: a block that contributes nothing would have made it so.
+            e.store(v + 0.0, self.a["out"] + offset + i)
+
+    def _locate(self, table: Value, head: Value, block: Value, stop: Value) -> None:
+        """Write the addresses of the block's groups of keys and of values."""
+        e, a = self.e, self.a
+        final = (stop - 1) // _GROUP * _GROUP
+        for g in range(_GROUPS):
+            # Beyond the last key there may be no page: the last group is read again, and masked.
+            at = e.min(block + _GROUP * g, final)
+            page = e.load(table + 4 * (at // a["page_tokens"]), I32).sext(I64)
+            within = at % a["page_tokens"]
+            keys = a["cache"] + page * a["page_bytes"] + 2 * head * a["plane_bytes"]
+            e.store(keys + self.bytes * within, self.tables + 8 * g)
+            e.store(keys + a["plane_bytes"] + self.bytes * self.size * within, self.tables + 8 * (_GROUPS + g))
+
+    def _pass(self, p: _Pass, row: Value, block: Value) -> None:
+        e = self.e
+        low = e.load(self.places + 4 * row, I32).sext(I64)
+        high = e.load(self.places + 4 * (row + p.rows - 1), I32).sext(I64)
+        start, stop = e.max(low + 1 - self.a["window"], block), e.min(high + 1, block + _BLOCK)
+        with e.when(start < stop):
+            for g in range(0, _GROUPS, p.groups):
+                with e.when(block + _GROUP * g < stop):
+                    self._scores(p, row, g)
+            with e.loop(0, p.rows) as r:
+                self._softmax(row + r, block)
+            self._results(p, row, block, start - block, stop - block)
+
+    def _scores(self, p: _Pass, row: Value, group: int) -> None:
+        """p[r, k] = q[r] · K[:, k] for some groups of the block."""
+        e, per_group = self.e, _GROUP // self.lanes
+        stride = self.bytes * self.a["page_tokens"]
+        planes = [e.load(self.tables + 8 * (group + g), I64) for g in range(p.groups)]
+        q = self.q + 4 * self.size * row
+        n = p.groups * per_group
+        totals = [[e.var(e.const(self.vector, 0.0)) for _ in range(n)] for _ in range(p.rows)]
+        unroll = 4
+        with e.loop(0, self.size, unroll) as d0:
+            for u in range(unroll):
+                d = d0 + u
+                keys = [
+                    self.load(plane + d * stride + self.bytes * self.lanes * i)
+                    for plane in planes
+                    for i in range(per_group)
+                ]
+                for r in range(p.rows):
+                    factor = e.splat(e.load(q + 4 * self.size * r + 4 * d, F32), self.lanes)
+                    for key, total in zip(keys, totals[r], strict=True):
+                        total.set(multiply_add(e, factor, key, total.get()))
+        for r in range(p.rows):
+            for i, total in enumerate(totals[r]):
+                at = self.p + 4 * _BLOCK * (row + r) + 4 * (_GROUP * group + self.lanes * i)
+                e.store(total.get(), at)
+
+    def _softmax(self, row: Value, block: Value) -> None:
+        """Scores to weights in place; the row's maximum, sum and factor."""
+        e, t = self.e, vec(F32, _GROUP)
+        at, integers = self.p + 4 * _BLOCK * row, vec(I32, _GROUP)
+        place = e.load(self.places + 4 * row, I32)
+        oldest = e.max(place.sext(I64) + 1 - self.a["window"], 0).trunc(I32)
+        scores = []
+        for g in range(_GROUPS):
+            key = e.const(integers, range(_GROUP * g, _GROUP * (g + 1))) + block.trunc(I32)
+            seen = (key <= place) & (key >= oldest)
+            scores.append(e.where(seen, e.load(at + 4 * _GROUP * g, t) * self.scale, float("-inf")))
+        top = e.max(e.max(scores[0], scores[1]), e.max(scores[2], scores[3]))
+        before = e.load(self.highest + 4 * row, F32)
+        highest = e.max(reduce(e, top, "max"), before)
+        factor = exp(e, e.splat(before - highest, _GROUP))
+        weights = [exp(e, s - highest) for s in scores]
+        for g, w in enumerate(weights):
+            e.store(w, at + 4 * _GROUP * g)
+        total = e.load(self.sums + 4 * _GROUP * row, t)
+        added = (weights[0] + weights[1]) + (weights[2] + weights[3])
+        e.store(multiply_add(e, total, factor, added), self.sums + 4 * _GROUP * row)
+        e.store(highest, self.highest + 4 * row)
+        e.store(factor.lane(0), self.factors + 4 * row)
+
+    def _results(self, p: _Pass, row: Value, block: Value, start: Value, stop: Value) -> None:
+        """results[r] = results[r] * factor[r] + Σ p[r, k] V[k] over the keys start..stop of the block."""
+        e, vectors = self.e, self.size // self.lanes
+        most = max(c for c in range(1, vectors + 1) if vectors % c == 0 and c * p.rows <= self.accumulators)
+        factors = [e.load(self.factors + 4 * (row + r), F32) for r in range(p.rows)]
+        weights = self.p + 4 * _BLOCK * row
+        for c0 in range(0, vectors, most):
+            places = [
+                [self.results + 4 * self.size * (row + r) + 4 * self.lanes * (c0 + c) for c in range(most)]
+                for r in range(p.rows)
+            ]
+            totals = [
+                [e.var(e.load(at, self.vector) * factor) for at in line]
+                for line, factor in zip(places, factors, strict=True)
+            ]
+            with e.loop(start // _GROUP, (stop + _GROUP - 1) // _GROUP) as group:
+                values = e.load(self.tables + 8 * (_GROUPS + group), I64)
+                base = group * _GROUP
+                with e.loop(e.max(start - base, 0), e.min(stop - base, _GROUP)) as k:
+                    at = values + self.bytes * self.size * k
+                    vs = [self.load(at + self.bytes * self.lanes * (c0 + c)) for c in range(most)]
+                    for r in range(p.rows):
+                        weight = e.splat(e.load(weights + 4 * _BLOCK * r + 4 * (base + k), F32), self.lanes)
+                        for v, total in zip(vs, totals[r], strict=True):
+                            total.set(multiply_add(e, weight, v, total.get()))
+            for line, sums in zip(places, totals, strict=True):
+                for at, total in zip(line, sums, strict=True):
+                    e.store(total.get(), at)
+
+
+def _emitter(head_size: int, half: bool) -> Callable[..., None]:
+    def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
+        k = _Kernel(e, head_size, half, block, thread)
+        first, last = e.load(k.a["first_tile"], I64), e.load(k.a["last_tile"], I64)
+        kv_heads = k.a["kv_heads"]
+        with tickets(e, counter, (last - first) * kv_heads) as ticket:
+            k.run(first + ticket // kv_heads, ticket % kv_heads)
+
+    return body

@@ -1,0 +1,264 @@
+"""The CPU backend: binds a Program to native kernels, and runs its steps with a team of threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import KernelError
+from .. import ops
+from . import attention, library, matmul, rms_norm, rotate_store, select_rows, swiglu
+from .cache import KVCache, StepTables
+from .embed import Embedding
+from .memory import release
+from .operation import NativeOp, Region, StepHeader, aligned
+from .team import Team, available_threads, native_program
+
+__all__ = ["CpuBackend", "CpuExecutable"]
+
+Progress = Callable[[str], None]
+
+# A rough guess of what a part of a step takes, from which long steps are cut: a native call hears no Ctrl-C.
+_PART_SECONDS = 0.05
+_BYTES_PER_SECOND, _PRODUCTS_PER_SECOND = 20e9, 100e9  # memory; multiplications of one thread
+
+
+class CpuBackend:
+    """Kernels compiled for this processor. `progress` is told, in a line, what takes its time in `prepare`."""
+
+    name = "cpu"
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+
+    def prepare(self, program: ops.Program, capacity: ops.Capacity) -> CpuExecutable:
+        """Compile kernels or find them in the cache, repack the weights, allocate buffers and cache.
+
+        Raises:
+            KernelError: there is no kernel for a shape or a type, or memory is short.
+        """
+        report = _Report(self._progress)
+        library.on_compile.append(report.compiling)
+        try:
+            return CpuExecutable(_Binder(program, capacity, report))
+        finally:
+            library.on_compile.remove(report.compiling)
+
+
+class _Report:
+    """Tells what is going on, not too often, from any thread."""
+
+    def __init__(self, tell: Progress | None) -> None:
+        self._tell, self._lock, self._compiled, self._last = tell, threading.Lock(), False, time.monotonic()
+        self.total = self._done = 0
+
+    def compiling(self, name: str) -> None:
+        with self._lock:
+            if self._tell and not self._compiled:
+                self._tell("compiling kernels for this processor, once")
+            self._compiled = True
+
+    def arranged(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._tell and time.monotonic() - self._last > 0.5:
+                self._last = time.monotonic()
+                self._tell(f"arranging weights: {self._done / 1e9:.1f} of {self.total / 1e9:.1f} GB")
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Of one native operation: bytes read whatever the step, multiplications per row, and which rows."""
+
+    nbytes: int
+    products: int
+    outputs: bool
+
+
+class _Binder:
+    """Everything an executable consists of, made from a Program."""
+
+    def __init__(self, program: ops.Program, capacity: ops.Capacity, report: _Report) -> None:
+        self.program, self.capacity, self.report = program, capacity, report
+        self.threads = capacity.threads or available_threads()
+        self.header = StepHeader()
+        self.tables = StepTables.of(program.attention, capacity)
+        self.cache = KVCache(program.attention, program.layers, capacity)
+        rows = {"tokens": capacity.tokens, "outputs": capacity.outputs}
+        self.regions = {
+            id(b): Region(self._rows(rows[b.rows], b.width), self.header.address(b.rows)) for b in program.buffers
+        }
+        self.shared = attention.scratch(self.cache, self.threads)
+        products = [op for op in program.operations if isinstance(op, ops.MatMul)]
+        weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
+        report.total = sum(w.data.nbytes for w in weights.values())
+        self.packed = {key: self._pack(w) for key, w in weights.items()}
+        needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
+        self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
+        self.bound = [self._bind(op) for op in program.operations]
+
+    def _pack(self, weight: ops.Weight) -> matmul.Packed:
+        packed = matmul.prepare(weight, threads=self.threads)
+        if not np.may_share_memory(packed.data, weight.data):
+            release(weight.data)  # or the model would be in memory twice
+        self.report.arranged(weight.data.nbytes)
+        return packed
+
+    @staticmethod
+    def _rows(rows: int, width: int) -> NDArray[np.float32]:
+        return aligned(4 * rows * width).view(np.float32).reshape(rows, width)
+
+    def _bind(self, op: ops.Operation) -> Embedding | list[NativeOp]:
+        at = {name: self.regions[id(b)] for name, b in vars(op).items() if isinstance(b, ops.Buffer)}
+        match op:
+            case ops.Embed():
+                return Embedding(op.weight, self.tables.tokens, at["out"])
+            case ops.RMSNorm():
+                return [rms_norm.bind(at["x"], op.weight.data.view(np.float32), op.epsilon, at["out"])]
+            case ops.MatMul():
+                packed = self.packed[id(op.weight)]
+                return matmul.bind(packed, at["x"], at["out"], add=op.add, scratch=self.scratch, threads=self.threads)
+            case ops.RotateStore():
+                return [rotate_store.bind(at["qkv"], at["q_out"], self.tables, self.cache, op.layer)]
+            case ops.Attention():
+                return [
+                    attention.bind(
+                        at["q"], at["out"], self.tables, self.header, self.cache, op.layer, self.shared, self.threads
+                    )
+                ]
+            case ops.SwiGLU():
+                return [swiglu.bind(at["x"], at["out"])]
+            case ops.Select():
+                return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
+        raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
+
+
+def _cost(op: ops.Operation, natives: int) -> list[_Cost]:
+    if isinstance(op, ops.MatMul):
+        whole = _Cost(op.weight.data.nbytes, op.weight.rows * op.weight.columns, op.x.rows == "outputs")
+        return [_Cost(whole.nbytes // natives, whole.products // natives, whole.outputs)] * natives
+    widths = [b.width for b in vars(op).values() if isinstance(b, ops.Buffer)]
+    return [_Cost(0, 4 * sum(widths), False)] * natives
+
+
+class CpuExecutable:
+    """A Program bound to this processor; `ops.Executable` says what the methods do. Steps run one at a time."""
+
+    def __init__(self, made: _Binder) -> None:
+        self.program, self.capacity = made.program, made.capacity
+        self._team = Team(made.threads)
+        self._header, self._tables, self._cache = made.header, made.tables, made.cache
+        self._logits = made.regions[id(made.program.logits)].array
+        self._keep = made
+        natives: list[NativeOp] = []
+        costs: list[_Cost] = []
+        self._attentions: set[int] = set()
+        self._segments: list[Embedding | range] = []
+        for op, bound in zip(made.program.operations, made.bound, strict=True):
+            if isinstance(bound, Embedding):
+                self._segments.append(bound)
+                continue
+            start, last = len(natives), self._segments[-1] if self._segments else None
+            if isinstance(last, range):
+                start = last.start
+                self._segments.pop()
+            if isinstance(op, ops.Attention):
+                self._attentions.add(len(natives))
+            natives += bound
+            costs += _cost(op, len(bound))
+            self._segments.append(range(start, len(natives)))
+        self._native = native_program(natives)
+        self._bytes = np.array([c.nbytes for c in costs], np.float64)
+        self._products = np.array([c.products for c in costs], np.float64)
+        self._of_outputs = np.array([c.outputs for c in costs], bool)
+
+    @property
+    def threads(self) -> int:
+        """Native threads, the caller's included."""
+        return self._team.threads
+
+    def run(self, step: ops.Step) -> NDArray[np.float32]:
+        """Execute; the logits [outputs, vocabulary], valid until the next run.
+
+        Raises:
+            TokenError, ContextError: the step reaches beyond vocabulary, cache or capacity.
+            KernelError: the step is malformed, was cancelled, or a kernel failed.
+        """
+        step.check(self.program, self.capacity)
+        n, m = len(step.tokens), len(step.outputs)
+        with self._team.step():
+            tiles, tile_costs = self._load(step)
+            for part in self._parts(n, m, tiles, tile_costs):
+                if isinstance(part, Embedding):
+                    part.run(n)
+                    continue
+                operations, first, last = part
+                self._header.set("first_tile", first)
+                self._header.set("last_tile", last)
+                self._team.run(self._native[operations.start : operations.stop])
+        return self._logits[:m]
+
+    def _load(self, step: ops.Step) -> tuple[int, NDArray[np.int64]]:
+        """Copy the arrays of a step to where the kernels look for them."""
+        t, n, m = self._tables, len(step.tokens), len(step.outputs)
+        shape = self.program.attention
+        made = attention.tile(step.positions, step.slots, shape.heads // shape.kv_heads, shape.window, t.tiles)
+        t.tokens[:n], t.positions[:n], t.slots[:n], t.outputs[:m] = (
+            step.tokens,
+            step.positions,
+            step.slots,
+            step.outputs,
+        )
+        t.pages[: len(step.pages), : step.pages.shape[1]] = step.pages
+        t.cos[:n], t.sin[:n] = step.cos, step.sin
+        self._header.set("tokens", n)
+        self._header.set("outputs", m)
+        return made
+
+    def _parts(
+        self, n: int, m: int, tiles: int, tile_costs: NDArray[np.int64]
+    ) -> Iterator[Embedding | tuple[range, int, int]]:
+        """The step in native calls that each take about `_PART_SECONDS`, as far as operations can be divided."""
+        shape, speed = self.program.attention, _PRODUCTS_PER_SECOND * self.threads
+        rows = np.where(self._of_outputs, m, n)
+        seconds = np.where(rows > 0, np.maximum(self._bytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
+        per_tile = 8 * shape.head_size * shape.kv_heads * tile_costs / speed
+        attending = float(per_tile.sum())
+        for segment in self._segments:
+            if isinstance(segment, Embedding):
+                yield segment
+                continue
+            start, spent = segment.start, 0.0
+            for i in segment:
+                heavy = i in self._attentions and attending > _PART_SECONDS
+                cost = attending if i in self._attentions else float(seconds[i])
+                if i > start and (heavy or spent + cost > _PART_SECONDS):
+                    yield range(start, i), 0, tiles
+                    start, spent = i, 0.0
+                if heavy:
+                    ends = np.flatnonzero(np.diff(np.cumsum(per_tile) // _PART_SECONDS)) + 1
+                    for first, last in zip([0, *ends.tolist()], [*ends.tolist(), tiles], strict=True):
+                        yield range(i, i + 1), first, last
+                    start, spent = i + 1, 0.0
+                else:
+                    spent += cost
+            if start < segment.stop:
+                yield range(start, segment.stop), 0, tiles
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page of the cache, all layers."""
+        with self._team.step():
+            self._cache.copy_page(source, target)
+
+    def cancel(self) -> None:
+        """From any thread: end the running step early; its `run` raises KernelError."""
+        self._team.cancel()
+
+    def close(self) -> None:
+        """End the threads; the memory goes with the object."""
+        self._team.close()

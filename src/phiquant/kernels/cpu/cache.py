@@ -1,0 +1,89 @@
+"""The key-value cache: for each layer an array of pages, which the operating system backs when they are first used.
+
+A page holds `page_tokens` tokens of every key-value head:
+
+    page      [kv_heads][2 planes]
+    plane 0   keys,   transposed: [head_size][page_tokens]
+    plane 1   values             [page_tokens][head_size]
+
+so that scores are computed with keys in the lanes and results with channels in the lanes: no sum runs across lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import KernelError
+from ...gguf.types import GGMLType
+from ..ops import AttentionShape, Capacity
+from .operation import aligned
+
+__all__ = ["KVCache", "StepTables"]
+
+
+class KVCache:
+    """Memory for the keys and values of all layers.
+
+    Attributes:
+        half: elements are F16, else F32.
+        plane_bytes, page_bytes: sizes of one plane of a head, and of a page.
+        layers: uint8 [pages * page_bytes] of each layer.
+    """
+
+    def __init__(self, shape: AttentionShape, layers: int, capacity: Capacity) -> None:
+        self.shape, self.pages, self.page_tokens = shape, capacity.pages, capacity.page_tokens
+        self.half = capacity.cache_type is GGMLType.F16
+        self.plane_bytes = capacity.page_tokens * shape.head_size * (2 if self.half else 4)
+        self.page_bytes = 2 * shape.kv_heads * self.plane_bytes
+        try:
+            self.layers = [aligned(capacity.pages * self.page_bytes) for _ in range(layers)]
+        except MemoryError:
+            size = layers * capacity.pages * self.page_bytes
+            raise KernelError(f"a cache of {size / 2**30:.1f} GiB does not fit; ask for a shorter context") from None
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page in all layers. Errors: KernelError if there is no such page."""
+        if not (0 <= source < self.pages and 0 <= target < self.pages):
+            raise KernelError(f"page {source} or {target} is outside the cache of {self.pages} pages")
+        for layer in self.layers:
+            pages = layer.reshape(self.pages, self.page_bytes)
+            pages[target] = pages[source]
+
+
+@dataclass(frozen=True, eq=False)
+class StepTables:
+    """The arrays of a step at fixed addresses, sized for the Capacity; what they hold is checked before a step runs.
+
+    Attributes:
+        tokens, positions, slots, outputs: int32, as in `ops.Step`.
+        pages: int32 [sequences, pages_per_sequence].
+        cos, sin: float32 [tokens, rotary // 2].
+        tiles: int32 [tokens, 4], see `attention.tile`.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    outputs: NDArray[np.int32]
+    pages: NDArray[np.int32]
+    cos: NDArray[np.float32]
+    sin: NDArray[np.float32]
+    tiles: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, shape: AttentionShape, capacity: Capacity) -> StepTables:
+        """Room for any step of the capacity."""
+        n, half = capacity.tokens, shape.rotary // 2
+        return cls(
+            tokens=np.zeros(n, np.int32),
+            positions=np.zeros(n, np.int32),
+            slots=np.zeros(n, np.int32),
+            outputs=np.zeros(capacity.outputs, np.int32),
+            pages=np.zeros((capacity.sequences, capacity.pages_per_sequence), np.int32),
+            cos=np.zeros((n, half), np.float32),
+            sin=np.zeros((n, half), np.float32),
+            tiles=np.zeros((n, 4), np.int32),
+        )

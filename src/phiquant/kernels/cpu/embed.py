@@ -1,0 +1,33 @@
+"""Embed: out[t] = row tokens[t] of the weight, widened to float32.
+
+This is the one operation that runs from Python: its rows are gathered from the mapped file, so that a vocabulary of
+200,000 tokens is never unpacked, nor even read, as a whole.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import KernelError
+from ..ops import Weight
+from ..quantize import dequantize_rows
+from .operation import Region
+
+__all__ = ["Embedding"]
+
+
+class Embedding:
+    """The rows of a weight, looked up. Errors: KernelError if the weight does not fit `out`."""
+
+    def __init__(self, weight: Weight, tokens: NDArray[np.int32], out: Region) -> None:
+        if len(weight.shape) != 2 or weight.columns != out.width or len(tokens) < out.capacity:
+            raise KernelError(f"{weight.name} of shape {weight.shape} does not fit rows of {out.width} channels")
+        self._weight, self._tokens, self._out = weight, tokens, out
+        self._rows = weight.data.reshape(weight.rows, -1)
+
+    def run(self, count: int) -> None:
+        """Look up the first `count` tokens, which must be rows of the weight."""
+        w = self._weight
+        picked = self._rows[self._tokens[:count]]
+        self._out.array[:count] = dequantize_rows(picked, w.type, count, w.columns)

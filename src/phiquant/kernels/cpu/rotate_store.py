@@ -1,0 +1,114 @@
+"""RotateStore: split rows of queries, keys and values; rotate queries and keys; keep keys and values in the cache.
+
+Nothing here is fused or reassociated, so results equal the NumPy formula to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ...errors import KernelError
+from .cache import KVCache, StepTables
+from .emit import F32, I32, I64, Emitter, Value, vec
+from .library import function
+from .operation import Arguments, NativeOp, Region, tickets
+from .simd import float_to_half
+from .target import Target, host
+
+__all__ = ["MOST_CHANNELS", "bind"]
+
+MOST_CHANNELS = 256
+"""Channels of a head that there is room for."""
+
+ARGS = Arguments(
+    "count", "qkv", "q_out", "cos", "sin", "positions", "slots", "pages", "columns", "cache", "page_bytes",
+    "plane_bytes", "page_tokens", "head_size", "rotary", "kv_heads", "group",
+)  # fmt: skip
+
+
+def bind(
+    qkv: Region, q_out: Region, tables: StepTables, cache: KVCache, layer: int, target: Target | None = None
+) -> NativeOp:
+    """Rotate and store the tokens of a step.
+
+    Raises:
+        KernelError: a width does not fit the model's heads, or a table has fewer rows than there are tokens.
+    """
+    shape = cache.shape
+    if qkv.width != shape.q_width + 2 * shape.kv_width or q_out.width != shape.q_width:
+        raise KernelError(f"rows of {qkv.width} channels cannot be split into the heads of {shape}")
+    rows = min(q_out.capacity, *(len(t) for t in (tables.positions, tables.slots, tables.cos, tables.sin)))
+    if qkv.capacity > rows or tables.cos.shape[1] != shape.rotary // 2 or tables.sin.shape[1] != shape.rotary // 2:
+        raise KernelError(f"the tables of a step have no room for {qkv.capacity} tokens of {shape}")
+    if shape.head_size > MOST_CHANNELS:
+        raise KernelError(f"heads of {shape.head_size} channels are not supported; up to {MOST_CHANNELS} are")
+    if not 0 <= layer < len(cache.layers):
+        raise KernelError(f"the cache has {len(cache.layers)} layers, so there is no layer {layer}")
+    block = ARGS.pack(
+        count=qkv.count, qkv=qkv.address, q_out=q_out.address,
+        cos=tables.cos.ctypes.data, sin=tables.sin.ctypes.data,
+        positions=tables.positions.ctypes.data, slots=tables.slots.ctypes.data,
+        pages=tables.pages.ctypes.data, columns=tables.pages.shape[1],
+        cache=cache.layers[layer].ctypes.data, page_bytes=cache.page_bytes, plane_bytes=cache.plane_bytes,
+        page_tokens=cache.page_tokens, head_size=shape.head_size, rotary=shape.rotary,
+        kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
+    )  # fmt: skip
+    name = "rotate_store_f16" if cache.half else "rotate_store_f32"
+    kernel = function(name, 4, _emitter(cache.half), target or host())
+    return NativeOp(kernel, block, (qkv, q_out, tables, cache))
+
+
+def _spans(e: Emitter, start: Value, stop: Value) -> Iterator[tuple[Value, int]]:
+    """Loops that cover start..stop with vectors of 16, of 4 and of 1: yields (index, lanes) inside each."""
+    for lanes in (16, 4, 1):
+        end = stop - (stop - start) % lanes
+        with e.loop(start, end, lanes) as i:
+            yield i, lanes
+        start = e.max(end, start)
+
+
+def _rotate(e: Emitter, source: Value, target: Value, cos: Value, sin: Value, half: Value, size: Value) -> None:
+    for i, lanes in _spans(e, e.integer(0), half):
+        t = vec(F32, lanes)
+        a, b = e.load(source + 4 * i, t), e.load(source + 4 * (half + i), t)
+        c, s = e.load(cos + 4 * i, t), e.load(sin + 4 * i, t)
+        e.store(a * c - b * s, target + 4 * i)
+        e.store(b * c + a * s, target + 4 * (half + i))
+    for i, lanes in _spans(e, 2 * half, size):
+        e.store(e.load(source + 4 * i, vec(F32, lanes)), target + 4 * i)
+
+
+def _emitter(half_cache: bool) -> Callable[..., None]:
+    size = 2 if half_cache else 4
+
+    def element(e: Emitter, v: Value) -> Value:
+        return float_to_half(e, v) if half_cache else v.bits(vec(I32, v.lanes))
+
+    def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
+        a = dict(zip(ARGS.names, ARGS.read_all(e, block), strict=True))
+        n, group, kv_heads, half = a["head_size"], a["group"], a["kv_heads"], a["rotary"] // 2
+        tokens = e.load(a["count"], I64)
+        q_width, kv_width = kv_heads * group * n, kv_heads * n
+        rotated = e.scratch(4 * MOST_CHANNELS)
+        # One ticket is one key-value head with its queries, for all tokens: no two threads write to one plane.
+        with tickets(e, counter, kv_heads) as head, e.loop(0, tokens) as token:
+            row = a["qkv"] + 4 * (q_width + 2 * kv_width) * token
+            cos, sin = (a[name] + 4 * half * token for name in ("cos", "sin"))
+            with e.loop(head * group, head * group + group) as h:
+                _rotate(e, row + 4 * n * h, a["q_out"] + 4 * (q_width * token + n * h), cos, sin, half, n)
+            key = row + 4 * (q_width + n * head)
+            _rotate(e, key, rotated, cos, sin, half, n)
+            position = e.load(a["positions"] + 4 * token, I32).sext(I64)
+            slot = e.load(a["slots"] + 4 * token, I32).sext(I64)
+            place, within = position // a["page_tokens"], position % a["page_tokens"]
+            page = e.load(a["pages"] + 4 * (slot * a["columns"] + place), I32).sext(I64)
+            plane = a["cache"] + page * a["page_bytes"] + 2 * head * a["plane_bytes"]
+            for i, lanes in _spans(e, e.integer(0), n):
+                v = element(e, e.load(rotated + 4 * i, vec(F32, lanes)))
+                for lane in range(lanes):
+                    e.store(v.lane(lane), plane + size * ((i + lane) * a["page_tokens"] + within))
+            values = plane + a["plane_bytes"] + size * n * within
+            for i, lanes in _spans(e, e.integer(0), n):
+                e.store(element(e, e.load(key + 4 * (kv_width + i), vec(F32, lanes))), values + size * i)
+
+    return body
