@@ -6,12 +6,13 @@ Only the module of the verb that is used is imported, so that `phiquant run` doe
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .failures import is_usage_error, report, silence_output, usage_sentence
+from .failures import OutputClosed, is_usage_error, report, silence_output, usage_sentence
 
 __all__ = ["PROGRAM", "VERBS", "command", "run"]
 
@@ -40,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, OutputClosed):
         silence_output()
         return 141
     except Exception as error:
@@ -55,7 +56,15 @@ def command(verb: str) -> Any:
 
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     function: Callable[..., Any] = getattr(commands, verb)
-    app.command(name=verb, help=function.__doc__, context_settings={"help_option_names": ["-h", "--help"]})(function)
+
+    @functools.wraps(function)
+    def body(**arguments: Any) -> Any:
+        try:
+            return function(**arguments)
+        except BrokenPipeError:
+            raise OutputClosed from None  # typer would end the process with status 1
+
+    app.command(name=verb, help=function.__doc__, context_settings={"help_option_names": ["-h", "--help"]})(body)
     return typer.main.get_command(app)
 
 

@@ -10,6 +10,11 @@ from typer import Argument, Option
 
 __all__ = ["convert", "doctor", "inspect", "quantize", "run"]
 
+Threads = Annotated[
+    int, Option("--threads", "-t", metavar="N", min=0, help="Processor threads; 0: all that the process may use.")
+]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+KeepNan = Annotated[bool, Option("--keep-nan", help="Accept NaN and infinity in weights instead of refusing them.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 
 
@@ -32,7 +37,7 @@ def run(
         int, Option("--ctx-size", "-c", metavar="N", min=0, help="Tokens kept in mind; 0: all that the model can.")
     ] = 4096,
     threads: Annotated[
-        int, Option("--threads", "-t", metavar="N", help="Processor threads; 0 or less: one per physical core.")
+        int, Option("--threads", "-t", metavar="N", help="Processor threads; 0 or less: all that the process may use.")
     ] = 0,
     gpu_layers: Annotated[
         str,
@@ -69,7 +74,7 @@ def run(
         bool, Option("--display-prompt/--no-display-prompt", help="Repeat the prompt before its continuation.")
     ] = True,
     verbose_prompt: Annotated[bool, Option("--verbose-prompt", help="List the prompt's tokens on stderr.")] = False,
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Generate text, or chat, with a GGUF model."""
     from . import run as body
@@ -97,6 +102,85 @@ def run(
         quiet=quiet,
     )
     return body.run(options)
+
+
+def convert(
+    model: Annotated[
+        str,
+        Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision]."),
+    ],
+    outfile: Annotated[
+        Path | None, Option("--outfile", "-o", metavar="FILE", help="Default: named after the model and the type.")
+    ] = None,
+    outtype: Annotated[
+        str, Option("--outtype", metavar="TYPE", help="auto, f32, f16, bf16, q8_0, or any type of quantize.")
+    ] = "auto",
+    threads: Threads = 0,
+    keep_nan: KeepNan = False,
+    quiet: Quiet = False,
+) -> int:
+    """Convert a Hugging Face checkpoint to GGUF."""
+    from . import convert as body
+    from .notices import Notices
+
+    with Notices(quiet=quiet).compiling():
+        return body.convert(model, outfile, outtype, threads=threads, keep_nan=keep_nan, quiet=quiet)
+
+
+def quantize(
+    arguments: Annotated[
+        list[str],
+        Argument(
+            metavar="IN [OUT] TYPE [NTHREADS]",
+            help="IN: a GGUF file, a checkpoint's folder or a repository. OUT: by default a name with the type in it. "
+            "TYPE: such as Q4_K_M, or llama.cpp's number, or COPY.",
+        ),
+    ],
+    pure: Annotated[bool, Option("--pure", help="One type for all tensors, instead of llama.cpp's mixture.")] = False,
+    output_tensor_type: Annotated[
+        str | None, Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None, Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        Option(
+            "--tensor-type",
+            metavar="PATTERN=TYPE",
+            help="Type of the tensors whose name holds this regular expression; may be repeated, the first match wins.",
+        ),
+    ] = None,
+    leave_output_tensor: Annotated[bool, Option("--leave-output-tensor", help="Leave output.weight as it is.")] = False,
+    allow_requantize: Annotated[
+        bool, Option("--allow-requantize", help="Quantize what is quantized already, at a loss.")
+    ] = False,
+    override_kv: Annotated[
+        list[str] | None,
+        Option("--override-kv", metavar="KEY=TYPE:VALUE", help="Change or add metadata: int, float, bool or str."),
+    ] = None,
+    keep_nan: KeepNan = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and the file's size; write nothing.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Quantize a GGUF file, a checkpoint or a repository, in one step."""
+    from . import quantize as body
+    from .notices import Notices
+
+    options = body.QuantizeOptions(
+        pure=pure,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        tensor_type=tensor_type or [],
+        leave_output_tensor=leave_output_tensor,
+        allow_requantize=allow_requantize,
+        override_kv=override_kv or [],
+        keep_nan=keep_nan,
+        dry_run=dry_run,
+        quiet=quiet,
+    )
+    with Notices(quiet=quiet).compiling():
+        return body.quantize(arguments, options)
 
 
 def inspect(file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file.")], as_json: Json = False) -> None:

@@ -9,7 +9,22 @@ import sys
 
 from ..errors import PhiquantError
 
-__all__ = ["is_usage_error", "os_sentence", "report", "silence_output", "usage_sentence"]
+__all__ = ["OutputClosed", "WrongUsage", "is_usage_error", "os_sentence", "report", "silence_output", "usage_sentence"]
+
+
+class WrongUsage(Exception):  # noqa: N818 - named as the user sees it
+    """Arguments that contradict each other or leave out what is needed; exit status 2."""
+
+    exit_code = 2
+
+    def format_message(self) -> str:
+        """As the option parser's own errors have it."""
+        return str(self)
+
+
+class OutputClosed(Exception):  # noqa: N818 - nothing went wrong here
+    """The reader of stdout went away (`| head`)."""
+
 
 _REMEDIES = {
     errno.ENOENT: "does not exist; check the path",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["gibibytes", "peak_bytes"]
+__all__ = ["peak_bytes", "sized"]
 
 
 def peak_bytes() -> int | None:
@@ -17,6 +17,6 @@ def peak_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def gibibytes(size: int) -> str:
-    """A size for people: MiB below one GiB, else GiB."""
-    return f"{size / 2**20:.1f} MiB" if size < 1 << 30 else f"{size / 2**30:.2f} GiB"
+def sized(count: int) -> str:
+    """A number of bytes for people: MB below a gigabyte (10⁹ bytes), else GB."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
