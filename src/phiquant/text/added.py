@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from phiquant.errors import TokenizerError
+from phiquant.gguf import keys
 from phiquant.text.vocabulary import TokenType, Vocabulary
 
-ADDED_TOKENS_KEY = "phiquant.tokenizer.added_tokens"
+ADDED_TOKENS_KEY = keys.ADDED_TOKENS
 
 # Unicode White_Space, which is what \s means in `tokenizers`; Python's \s also has U+001C to U+001F.
 WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
@@ -113,9 +114,10 @@ def default_added_tokens(vocabulary: Vocabulary) -> list[AddedToken]:
     is_phi3 = tuple(tokens[_PHI3_FIRST:last]) == _PHI3_TEXTS
     is_vision = is_phi3 and len(tokens) > _PHI3_IMAGE and tokens[_PHI3_IMAGE] == "<|image|>"
     bare = {"<|system|>", "<|end|>", "<|user|>"} if is_vision else set()
+    padding = set(vocabulary.padding())
     found = []
     for token in vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN):
-        if vocabulary.is_padding(token):
+        if token in padding:
             continue
         text = tokens[token]
         rstrip = is_phi3 and (_PHI3_FIRST < token < last or text == "</s>") and text not in bare

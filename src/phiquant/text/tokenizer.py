@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from phiquant.errors import RequestError, TokenError
+from phiquant.errors import RequestError, TokenError, TokenizerError
+from phiquant.gguf import keys
 from phiquant.text.added import (
     ADDED_TOKENS_KEY,
     AddedToken,
@@ -33,6 +34,7 @@ from phiquant.text.added import (
 )
 from phiquant.text.bpe import SPACE, PieceEncoder
 from phiquant.text.detokenizer import Detokenizer
+from phiquant.text.template import ChatTemplate
 from phiquant.text.vocabulary import TokenType, Vocabulary
 
 if TYPE_CHECKING:
@@ -42,8 +44,14 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A vocabulary with its added tokens. Immutable but for caches; safe to share between threads."""
 
-    def __init__(self, vocabulary: Vocabulary, added_tokens: Iterable[AddedToken] | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        added_tokens: Iterable[AddedToken] | None = None,
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
         """`added_tokens` None: the defaults of `added.default_added_tokens`."""
+        self.chat_template = chat_template
         self.vocabulary = vocabulary
         self.added_tokens = tuple(default_added_tokens(vocabulary) if added_tokens is None else added_tokens)
 
@@ -57,7 +65,15 @@ class Tokenizer:
         """The same from plain keys and values."""
         vocabulary = Vocabulary.from_metadata(metadata)
         added = metadata.get(ADDED_TOKENS_KEY)
-        return cls(vocabulary, None if added is None else added_tokens_from_json(added, vocabulary))
+        source = metadata.get(keys.CHAT_TEMPLATE)
+        if source is not None and not isinstance(source, str):
+            raise TokenizerError(f"{keys.CHAT_TEMPLATE} must be a string, not {type(source).__name__}")
+        texts = [vocabulary.tokens[i] if i is not None else "" for i in (vocabulary.bos_id, vocabulary.eos_id)]
+        return cls(
+            vocabulary,
+            None if added is None else added_tokens_from_json(added, vocabulary),
+            None if source is None else ChatTemplate(source, bos_token=texts[0], eos_token=texts[1]),
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -87,8 +103,7 @@ class Tokenizer:
     @cached_property
     def unused_ids(self) -> npt.NDArray[np.int64]:
         """Ids without a text of their own, which must never be sampled; int64 [count], ascending."""
-        vocabulary = self.vocabulary
-        return np.array([i for i in range(len(vocabulary)) if vocabulary.is_padding(i)], dtype=np.int64)
+        return np.array(self.vocabulary.padding(), dtype=np.int64)
 
     def encode(self, text: str, *, special: bool = True, add_bos: bool | None = None) -> list[int]:
         """Ids of `text`.

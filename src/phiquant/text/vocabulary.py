@@ -119,10 +119,12 @@ class Vocabulary:
         ids: list[int] = np.flatnonzero(np.isin(self.types, types)).tolist()
         return ids
 
-    def is_padding(self, token: int) -> bool:
-        """Whether the token only fills up the table: type UNUSED, no text, or `[PADi]` (once typed UNKNOWN)."""
-        text = self.tokens[token]
-        return not text or self.types[token] == TokenType.UNUSED or text == f"[PAD{token}]"
+    def padding(self) -> list[int]:
+        """Ids that only fill up the table, ascending: type UNUSED, no text, or `[PADi]` typed UNKNOWN as once usual."""
+        found = {i for i in self.of_type(TokenType.UNKNOWN) if self.tokens[i] == f"[PAD{i}]"}
+        found.update(self.of_type(TokenType.UNUSED))
+        found.update(i for i, text in enumerate(self.tokens) if not text)
+        return sorted(found)
 
 
 def _first(mask: npt.NDArray[np.bool_]) -> int:
