@@ -1,0 +1,181 @@
+"""Rows of activations brought into the form that matrix multiplication reads.
+
+A row is cut into chunks of 256 values. A chunk holds its values, rounded to 8 bits (or as float32 for F32, F16 and BF16
+weights), their scales, and the sums that the weight format needs:
+
+    offset  0          256            256 + 4 s
+            int8[256]  float32[s]     sums               s = 256 / group: 1 for K-quants, 8 for blocks of 32
+
+Chunks are stored [chunk][row]: the same chunk of neighbouring rows is adjacent, at a distance that is a constant of the
+kernel, so that a tile of several columns is addressed from one register and streams through the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from .emit import F32, I8, I16, I32, Emitter, Value, vec
+from .operation import Arguments
+from .simd import concatenate, dot_quads, nearest_int, reduce
+
+__all__ = ["ARGUMENTS", "CHUNK", "Activations", "body", "chunk_stride", "tickets"]
+
+CHUNK = 256  # values of a row that are handled together
+_UNITS = 16  # chunks to a ticket
+_TINY = 1e-36  # below this 127 / amax overflows; such a group is rounded to zeros
+
+ARGUMENTS = Arguments("count", "x", "out", "columns")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The form of one chunk.
+
+    Attributes:
+        group: values that share a scale, 256 or 32; 0 leaves them float32.
+        span: values to a sum, 16 or 32.
+        sums: "pairs": int16 sums of the rounded values; "start": int32, sums times -centre, from which a dot product
+            with levels biased by `centre` starts; "scaled": float32, sums times the group's scale.
+        centre: bias of the levels.
+    """
+
+    group: int
+    span: int = 32
+    sums: Literal["none", "pairs", "start", "scaled"] = "none"
+    centre: int = 0
+
+    @property
+    def name(self) -> str:
+        """For the kernel's name."""
+        return f"{self.group}.{self.span}.{self.sums}.{self.centre}"
+
+    @property
+    def scale_offset(self) -> int:
+        """Of the first scale within a chunk."""
+        return CHUNK
+
+    @property
+    def sums_offset(self) -> int:
+        """Of the first sum within a chunk."""
+        return CHUNK + 4 * (CHUNK // self.group)
+
+    @property
+    def stride(self) -> int:
+        """Bytes of a chunk."""
+        if not self.group:
+            return 4 * CHUNK + 64  # not a multiple of a power of two, which would crowd few cache sets
+        size = {"none": 0, "pairs": 2, "start": 4, "scaled": 4}[self.sums]
+        return -(-(self.sums_offset + size * (CHUNK // self.span)) // 16) * 16
+
+
+def chunk_stride(count: Value, tile: int, form: Activations) -> Value:
+    """Bytes between consecutive chunks of a row when a step has `count` rows, padded to whole tiles."""
+    return (count + (tile - 1)).udiv(tile) * (tile * form.stride)
+
+
+def tickets(e: Emitter, counter: Value, total: Value, work: Callable[[Value], None]) -> None:
+    """Do work(i) for every i below `total` that no other thread of the team has taken."""
+    with e.forever() as done:
+        taken = e.atomic_add(counter, 1)
+        done(taken >= total)
+        work(taken)
+
+
+def body(form: Activations, tile: int) -> Callable[..., None]:
+    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in."""
+
+    def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
+        count_at, x, out, columns = ARGUMENTS.read_all(e, block)
+        count = e.load(count_at, x.type, align=8)
+        chunks = (columns + (CHUNK - 1)).udiv(CHUNK)
+        between = chunk_stride(count, tile, form)
+        units = count * chunks
+
+        def work(ticket: Value) -> None:
+            first = ticket * _UNITS
+            with e.loop(first, e.min(first + _UNITS, units)) as unit:
+                row = unit.udiv(chunks)
+                chunk = unit - row * chunks
+                source = x + (row * columns + chunk * CHUNK) * 4
+                target = out + chunk * between + row * form.stride
+                left = e.min(columns - chunk * CHUNK, CHUNK)
+                if not form.group:
+                    _copy(e, source, target, left)
+                elif form.group == CHUNK:
+                    _round_chunk(e, form, source, target)
+                else:
+                    _round_groups(e, form, source, target, left)
+
+        tickets(e, counter, (units + (_UNITS - 1)).udiv(_UNITS), work)
+
+    return kernel
+
+
+def _copy(e: Emitter, source: Value, target: Value, left: Value) -> None:
+    whole = left & ~15
+    with e.loop(0, whole, 16) as i:
+        e.store(e.load(source + i * 4, vec(F32, 16)), target + i * 4)
+    with e.loop(whole, left) as i:
+        e.store(e.load(source + i * 4, F32), target + i * 4)
+
+
+def _magnitude(e: Emitter, parts: list[Value]) -> Value:
+    """Bits of the largest magnitude; as integers they order like the floats, with infinity and NaN on top."""
+    bits = [p.bits(vec(I32, p.lanes)) & 0x7FFFFFFF for p in parts]
+    while len(bits) > 1:
+        bits = [e.max(a, b) for a, b in zip(bits[::2], bits[1::2], strict=True)]
+    return reduce(e, bits[0], "max")
+
+
+def _scales(e: Emitter, magnitude: Value) -> tuple[Value, Value]:
+    """The scale of a group and what its values are multiplied with; NaN as scale if a value is not finite."""
+    amax = magnitude.bits(F32)
+    finite = magnitude < 0x7F800000
+    usable = amax >= _TINY
+    inverse = e.where(usable, 127.0 / amax, e.const(F32, 0.0))
+    scale = e.where(usable, amax / 127.0, e.const(F32, 0.0))
+    return e.where(finite, scale, e.const(I32, 0x7FC00000).bits(F32)), inverse
+
+
+def _folded(v: Value, times: int) -> Value:
+    """Neighbouring lanes added, `times` times over."""
+    for _ in range(times):
+        v = v.shuffle(range(0, v.lanes, 2)) + v.shuffle(range(1, v.lanes, 2))
+    return v
+
+
+def _round_chunk(e: Emitter, form: Activations, source: Value, target: Value) -> None:
+    """256 values with one scale. llama.cpp's sign of the scale is dropped: it cancels in every product."""
+    parts = [e.load(source + 64 * i, vec(F32, 16)) for i in range(16)]
+    scale, inverse = _scales(e, _magnitude(e, parts))
+    sums = []
+    for i in range(4):
+        quads = [nearest_int(e, p * inverse).trunc(I8) for p in parts[4 * i : 4 * i + 4]]
+        levels = concatenate(e, quads)
+        e.store(levels, target + 64 * i)
+        fours = dot_quads(e, e.const(vec(I32, 16), 0), e.const(vec(I8, 64), 1), levels, below=2)
+        sums.append(_folded(fours, 2 if form.span == 16 else 3))
+    e.store(scale, target + form.scale_offset)
+    total = concatenate(e, sums)
+    if form.sums == "pairs":
+        e.store(total.trunc(I16), target + form.sums_offset)
+    elif form.sums == "start":
+        e.store(total * -form.centre, target + form.sums_offset)
+
+
+def _round_groups(e: Emitter, form: Activations, source: Value, target: Value, left: Value) -> None:
+    """Up to 8 groups of 32 values, each with its scale and sum."""
+    with e.loop(0, left.udiv(form.group)) as g:
+        at = source + g * (4 * form.group)
+        parts = [e.load(at, vec(F32, 16)), e.load(at + 64, vec(F32, 16))]
+        scale, inverse = _scales(e, _magnitude(e, parts))
+        low, high = (nearest_int(e, p * inverse) for p in parts)
+        e.store(e.join(low.trunc(I8), high.trunc(I8)), target + g * form.group)
+        e.store(scale, target + form.scale_offset + g * 4)
+        total = reduce(e, low + high)
+        if form.sums == "start":
+            e.store(total * -form.centre, target + form.sums_offset + g * 4)
+        elif form.sums == "scaled":
+            e.store(total.to_float() * scale, target + form.sums_offset + g * 4)

@@ -1,0 +1,150 @@
+"""Matrix multiplication on the CPU: packs a weight once, binds it to activations.
+
+    packed = prepare(weight)
+    scratch = numpy.empty(scratch_bytes(packed, rows), numpy.uint8)
+    operations = bind(packed, x, out, add=False, scratch=scratch, threads=2)
+
+The operations run one after the other, each by all threads of the team: the first brings the activations of the step into
+`scratch`, rounded to 8 bits for quantized weights; the second multiplies.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import KernelError, UnsupportedError
+from ...gguf.types import GGMLType
+from ..ops import Weight
+from . import activations, matmul_tiles
+from .library import function
+from .matmul_float import FloatFormat
+from .matmul_kquants import K_FORMATS
+from .matmul_legacy import LEGACY_FORMATS
+from .matmul_tiles import LANES, Format
+from .operation import NativeOp, Region
+from .pack import pack
+from .target import Target, host
+
+__all__ = ["FORMATS", "Packed", "bind", "prepare", "scratch_bytes"]
+
+FORMATS: dict[GGMLType, Format] = {
+    GGMLType.F32: FloatFormat("float"),
+    GGMLType.F16: FloatFormat("half"),
+    GGMLType.BF16: FloatFormat("bfloat"),
+    **{GGMLType[name]: f for name, f in (*LEGACY_FORMATS.items(), *K_FORMATS.items())},
+}
+"""The types that can be multiplied."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A matrix in panels of 16 interleaved rows, for the kernels of one target.
+
+    Attributes:
+        name, type, rows, columns: of the Weight it was made from.
+        data: the panels, aligned to 64 bytes.
+    """
+
+    name: str
+    type: GGMLType
+    rows: int
+    columns: int
+    data: NDArray[np.uint8]
+    target: Target
+
+    @property
+    def format(self) -> Format:
+        """How the panels are laid out."""
+        return FORMATS[self.type]
+
+
+def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None) -> Packed:
+    """Repack a matrix; the Weight's bytes are not needed afterwards.
+
+    Args:
+        weight: a matrix [outputs, inputs].
+        threads: threads to use, 0 for as many as the process may use.
+        target: the processor, the host by default.
+
+    Raises:
+        UnsupportedError: there is no kernel for the weight's type.
+        KernelError: the weight is not a matrix, or is empty.
+    """
+    if weight.type not in FORMATS:
+        known = ", ".join(t.name for t in FORMATS)
+        raise UnsupportedError(f"tensor {weight.name} has type {weight.type.name}; matrices can be of type {known}")
+    if len(weight.shape) != 2 or not weight.data.size:
+        raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
+    target = target or host()
+    f = FORMATS[weight.type]
+    data = np.ascontiguousarray(weight.data)
+    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads)
+    return Packed(weight.name, weight.type, weight.rows, weight.columns, packed, target)
+
+
+def scratch_bytes(packed: Packed, rows: int) -> int:
+    """Bytes of scratch memory that `bind` needs for steps of up to `rows` rows."""
+    tile, chunks = packed.format.tile(packed.target), -(-packed.columns // activations.CHUNK)
+    return -(-rows // tile) * tile * chunks * packed.format.activations.stride
+
+
+def bind(
+    packed: Packed, x: Region, out: Region, *, add: bool, scratch: NDArray[np.uint8], threads: int
+) -> list[NativeOp]:
+    """The operations of out = W x, or with `add` of out += W x, for as many rows as x's count says.
+
+    Args:
+        packed: the matrix.
+        x: float32 [rows, inputs].
+        out: float32 [rows, outputs], with the same count; must not overlap x.
+        add: whether to add to what `out` holds.
+        scratch: at least `scratch_bytes(packed, x.capacity)`; free for others once the operations are done.
+        threads: size of the team.
+
+    Raises:
+        KernelError: a shape, an element type or a size does not fit.
+    """
+    f, target = packed.format, packed.target
+    needed = scratch_bytes(packed, x.capacity)
+    fits = (
+        (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
+        (x.width == packed.columns, f"its {packed.columns} inputs meet rows of {x.width}"),
+        (out.width == packed.rows, f"its {packed.rows} outputs meet rows of {out.width}"),
+        (out.capacity >= x.capacity and x.count == out.count, "inputs and outputs differ in their number of rows"),
+        (not np.may_share_memory(x.array, out.array), "inputs and outputs overlap"),
+        (scratch.dtype == np.uint8 and scratch.flags.c_contiguous, "scratch memory must be contiguous bytes"),
+        (scratch.size >= needed, f"it needs {needed} bytes of scratch memory where there are {scratch.size}"),
+    )
+    for holds, complaint in fits:
+        if not holds:
+            raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
+    tile, form, panel_bytes = f.tile(target), f.activations, f.panel_bytes(packed.columns)
+    rounding = function(f"activations.{form.name}.{tile}", 4, activations.body(form, tile), target)
+    multiply = function(f"matmul.{packed.type.name}", 4, matmul_tiles.body(f, target), target)
+    first = activations.ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=packed.columns)
+    panels = -(-packed.rows // LANES)
+    second = matmul_tiles.ARGUMENTS.pack(
+        count=x.count,
+        weights=packed.data.ctypes.data,
+        x=scratch.ctypes.data,
+        out=out.address,
+        rows=packed.rows,
+        columns=packed.columns,
+        panel_bytes=panel_bytes,
+        ticket=_ticket_panels(panels, panel_bytes, threads),
+        add=int(add),
+    )
+    return [
+        NativeOp(rounding, first, (x.array, scratch)),
+        NativeOp(multiply, second, (packed.data, scratch, out.array)),
+    ]
+
+
+def _ticket_panels(panels: int, panel_bytes: int, threads: int) -> int:
+    """Panels to a ticket for few columns: about a megabyte, fewer where threads would be left without work."""
+    return max(1, min((1 << 20) // panel_bytes, panels // (8 * max(threads, 1))))

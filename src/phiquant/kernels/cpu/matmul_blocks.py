@@ -1,0 +1,210 @@
+"""Matrix multiplication with quantized weights: what all block formats share.
+
+A sub-block is the 16 or 32 weights of a row that have one scale. Its dot product with the rounded activations is an exact
+integer; only what happens to that integer is floating-point, and the same in both ways through a panel:
+
+    K-quants     v  = -(dmin * mins), or 0         begin, once in 256 weights; mins: an integer, minimums times sums
+                 v  = fma(dot, scale, v)            for each sub-block; scale = d * integer scale, exact in float32
+                 y  = fma(v, x scale, y)            end
+    blocks of 32 y  = fma(dot, scale * x scale, y)  for each block, then for Q4_1 and Q5_1
+                 y  = fma(minimum, x sum, y)
+
+Levels are unsigned. Where the format's are biased by a centre, the dot product starts at -centre times the sum of the
+activations, which the activations carry.
+
+Unpacked chunk, for P panels and a sub-block of S weights, every entry 64 bytes:
+
+    sub-block 0:  levels[P][S / 4]  scale[P]  minimum[P] (Q4_1, Q5_1)
+    sub-block 1:  ...
+    mins (Q2_K, Q4_K, Q5_K): pairs of int16 [P][pairs]  dmin[P]
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from .activations import CHUNK
+from .emit import F32, I8, I16, I32, Emitter, Value, vec
+from .matmul_tiles import LANES, Floats, Format
+from .simd import dot_pairs, dot_quads, half_to_float
+
+__all__ = ["BlockFormat", "halves", "nibbles"]
+
+ENTRY = 64  # bytes of 4 levels, or one float32, for each of 16 rows
+LEVELS = vec(I8, ENTRY)
+
+
+def nibbles(v: Value) -> tuple[Value, Value]:
+    """Low and high halves of bytes."""
+    return v & 15, _shifted(v, 4) & 15
+
+
+def _shifted(v: Value, by: int) -> Value:
+    """Bytes shifted right as 16-bit lanes (no processor shifts bytes): the upper bits are the neighbour's."""
+    return v.bits(vec(I16, v.lanes // 2)).lsr(by).bits(v.type)
+
+
+def halves(e: Emitter, at: Value) -> Value:
+    """16 half-precision numbers as float32."""
+    return half_to_float(e, e.load(at, vec(I16, LANES)))
+
+
+class BlockFormat(Format):
+    """A format of 8-bit dot products.
+
+    Attributes:
+        span: weights of a sub-block.
+        run: sub-blocks that `levels` yields at once, because they share bytes.
+        below: bound of the levels.
+        pairs: pairs of minimums in a chunk (K-quants).
+        minimum: whether a sub-block has a minimum of its own (Q4_1, Q5_1).
+    """
+
+    span: int
+    run: int
+    below: int
+    pairs: int = 0
+    minimum: bool = False
+
+    @abstractmethod
+    def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
+        """Levels of the sub-blocks of a run: i8 × 64 each, 4 consecutive weights of 16 rows."""
+
+    @abstractmethod
+    def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
+        """Scales of the sub-blocks of a run, float32 × 16."""
+
+    def minimums(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
+        """Minimums of the sub-blocks of a run, float32 × 16."""
+        raise NotImplementedError
+
+    def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
+        """Pairs of integer minimums, i16 × 32 each, and their unit dmin, float32 × 16."""
+        raise NotImplementedError
+
+    # -- the floating-point part ------------------------------------------------------------------------------------
+
+    @property
+    def chunked(self) -> bool:
+        """Whether activations have one scale for a chunk."""
+        return self.activations.group == CHUNK
+
+    def _begin(self, e: Emitter, x: Value, y: Value, mins: list[Value], dmin: Value | None) -> Value:
+        if not self.chunked:
+            return y
+        if dmin is None:
+            return e.const(y.type, 0.0)
+        total = e.const(vec(I32, LANES), 0)
+        for j, pair in enumerate(mins):
+            sums = e.splat(e.load(x + (self.activations.sums_offset + 4 * j), I32), LANES)
+            total = dot_pairs(e, total, pair, sums.bits(pair.type))
+        return -(total.to_float() * dmin)
+
+    def _apply(self, e: Emitter, x: Value, sub: Value, v: Value, dot: Value, scale: Value, low: Value | None) -> Value:
+        if self.chunked:
+            return e.fma(dot.to_float(), scale, v)
+        unit = e.load(x + self.activations.scale_offset + sub * 4, F32)
+        v = e.fma(dot.to_float(), scale * unit, v)
+        if low is None:
+            return v
+        return e.fma(low, e.load(x + self.activations.sums_offset + sub * 4, F32), v)
+
+    def _end(self, e: Emitter, x: Value, v: Value, y: Value) -> Value:
+        return e.fma(v, e.load(x + self.activations.scale_offset, F32), y) if self.chunked else v
+
+    def _start(self, e: Emitter, x: Value, sub: Value) -> Value:
+        """What a dot product starts from."""
+        if self.activations.sums != "start":
+            return e.const(vec(I32, LANES), 0)
+        return e.splat(e.load(x + self.activations.sums_offset + sub * 4, I32), LANES)
+
+    def _quad(self, e: Emitter, x: Value, sub: Value, j: int) -> Value:
+        """Four activations, for every row."""
+        return e.splat(e.load(x + sub * self.span + 4 * j, I32), LANES).bits(LEVELS)
+
+    # -- through unpacked weights -----------------------------------------------------------------------------------
+
+    def _sub_bytes(self, panels: int) -> int:
+        return panels * ENTRY * (self.span // 4 + 1 + self.minimum)
+
+    def unpacked_bytes(self, panels: int) -> int:
+        return CHUNK // self.span * self._sub_bytes(panels) + panels * ENTRY * (self.pairs + 1)
+
+    def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> None:
+        panels, quads = len(chunks), self.span // 4
+        sub_bytes = self._sub_bytes(panels)
+        mins_at = scratch + CHUNK // self.span * sub_bytes
+        for p, chunk in enumerate(chunks):
+            with e.loop(0, left.udiv(self.span * self.run)) as run:
+                scales = self.scales(e, chunk, run)
+                lows = self.minimums(e, chunk, run) if self.minimum else []
+                for s, levels in enumerate(self.levels(e, chunk, run)):
+                    at = scratch + (run * self.run + s) * sub_bytes
+                    for j, v in enumerate(levels):
+                        e.store(v, at + (p * quads + j) * ENTRY, align=ENTRY)
+                    e.store(scales[s], at + (panels * quads + p) * ENTRY, align=ENTRY)
+                    if lows:
+                        e.store(lows[s], at + (panels * (quads + 1) + p) * ENTRY, align=ENTRY)
+            if self.pairs:
+                pairs, dmin = self.mins(e, chunk)
+                for j, pair in enumerate(pairs):
+                    e.store(pair, mins_at + (p * self.pairs + j) * ENTRY, align=ENTRY)
+                e.store(dmin, mins_at + (panels * self.pairs + p) * ENTRY, align=ENTRY)
+
+    def many(self, e: Emitter, scratch: Value, x: list[Value], sums: Floats, left: Value) -> Floats:
+        panels, quads = len(sums), self.span // 4
+        sub_bytes = self._sub_bytes(panels)
+        mins_at = scratch + CHUNK // self.span * sub_bytes
+
+        def entry(at: Value, index: int, kind: object) -> Value:
+            return e.load(at + index * ENTRY, kind, align=ENTRY)
+
+        values = []
+        for p in range(panels):
+            mins = [entry(mins_at, p * self.pairs + j, vec(I16, 2 * LANES)) for j in range(self.pairs)]
+            dmin = entry(mins_at, panels * self.pairs + p, vec(F32, LANES)) if self.pairs else None
+            values.append([e.var(self._begin(e, xc, y, mins, dmin)) for xc, y in zip(x, sums[p], strict=True)])
+        with e.loop(0, left.udiv(self.span)) as sub:
+            at = scratch + sub * sub_bytes
+            starts = [self._start(e, xc, sub) for xc in x]
+            dots = [list(starts) for _ in range(panels)]
+            for j in range(quads):
+                levels = [entry(at, p * quads + j, LEVELS) for p in range(panels)]
+                for c, xc in enumerate(x):
+                    quad = self._quad(e, xc, sub, j)
+                    for p in range(panels):
+                        dots[p][c] = dot_quads(e, dots[p][c], levels[p], quad, below=self.below)
+            for p in range(panels):
+                scale = entry(at, panels * quads + p, vec(F32, LANES))
+                low = entry(at, panels * (quads + 1) + p, vec(F32, LANES)) if self.minimum else None
+                for c, xc in enumerate(x):
+                    v = values[p][c]
+                    v.set(self._apply(e, xc, sub, v.get(), dots[p][c], scale, low))
+        return [
+            [self._end(e, xc, v.get(), y) for xc, v, y in zip(x, values[p], sums[p], strict=True)]
+            for p in range(panels)
+        ]
+
+    # -- through panels as they are stored ----------------------------------------------------------------------------
+
+    def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
+        for line in range(0, self.chunk_bytes, 64):
+            e.prefetch(chunk + self.chunk_bytes + line)
+        mins, dmin = self.mins(e, chunk) if self.pairs else ([], None)
+        values = [e.var(self._begin(e, xc, y, mins, dmin)) for xc, y in zip(x, sums, strict=True)]
+        split = 2 if len(x) == 1 else 1  # one chain of dot products would wait for its own latency
+        with e.loop(0, left.udiv(self.span * self.run)) as run:
+            scales = self.scales(e, chunk, run)
+            lows = self.minimums(e, chunk, run) if self.minimum else [None] * self.run
+            for s, levels in enumerate(self.levels(e, chunk, run)):
+                sub = run * self.run + s
+                zero = e.const(vec(I32, LANES), 0)
+                dots = [[self._start(e, xc, sub), *[zero] * (split - 1)] for xc in x]
+                for j, v in enumerate(levels):
+                    for c, xc in enumerate(x):
+                        part = dots[c][j % split]
+                        dots[c][j % split] = dot_quads(e, part, v, self._quad(e, xc, sub, j), below=self.below)
+                for c, xc in enumerate(x):
+                    dot = dots[c][0] + dots[c][1] if split == 2 else dots[c][0]
+                    values[c].set(self._apply(e, xc, sub, values[c].get(), dot, scales[s], lows[s]))
+        return [self._end(e, xc, v.get(), y) for xc, v, y in zip(x, values, sums, strict=True)]

@@ -1,0 +1,108 @@
+"""Matrix multiplication with F32, F16 and BF16 weights, widened to float32 and accumulated with FMA.
+
+A panel is [columns][16 rows]. For every element the products of a chunk of 256 are chained in order of k from zero, and the
+chunks' totals are added in order: the same for any tile, and more exact than one long chain.
+"""
+
+from __future__ import annotations
+
+from .activations import CHUNK, Activations
+from .emit import F32, I16, I32, Emitter, Value, vec
+from .matmul_tiles import LANES, Floats, Format
+from .simd import bfloat_to_float, half_to_float
+from .target import Target
+
+__all__ = ["FloatFormat", "gather"]
+
+_STEP = 4  # columns unrolled
+
+
+def gather(e: Emitter, rows: list[Value], offset: Value | int, element: object) -> Value:
+    """One element from the same offset of each row: a lane is a row."""
+    out = e.const(vec(element, len(rows)), 0)
+    for i, row in enumerate(rows):
+        out = out.with_lane(i, e.load(row + offset, element))
+    return out
+
+
+class FloatFormat(Format):
+    """F32, F16 ("half") or BF16 ("bfloat")."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.size = 4 if kind == "float" else 2
+        self.activations = Activations(0)
+        self.chunk_bytes = CHUNK * LANES * self.size
+
+    def panel_bytes(self, columns: int) -> int:
+        return columns * LANES * self.size
+
+    def tile(self, target: Target) -> int:
+        return 12 if target.vector_bytes == 64 else 4 if target.vector_bytes == 32 else 2
+
+    def pack(self, e: Emitter, rows: list[Value], panel: Value, columns: Value) -> None:
+        if self.kind == "float":
+            with e.loop(0, columns) as k:
+                e.store(gather(e, rows, k * 4, I32), panel + k * (4 * LANES))
+            return
+        even = columns & ~1
+        with e.loop(0, even, 2) as k:
+            pairs = gather(e, rows, k * 2, I32)
+            e.store(pairs.trunc(I16), panel + k * (2 * LANES))
+            e.store(pairs.lsr(16).trunc(I16), panel + (k + 1) * (2 * LANES))
+        with e.loop(even, columns) as k:
+            e.store(gather(e, rows, k * 2, I16), panel + k * (2 * LANES))
+
+    def _widened(self, e: Emitter, at: Value) -> Value:
+        if self.kind == "float":
+            return e.load(at, vec(F32, LANES))
+        bits = e.load(at, vec(I16, LANES))
+        return half_to_float(e, bits) if self.kind == "half" else bfloat_to_float(e, bits)
+
+    def unpacked_bytes(self, panels: int) -> int:
+        return panels * CHUNK * LANES * 4
+
+    def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> None:
+        with e.loop(0, left) as k:
+            for p, chunk in enumerate(chunks):
+                to = scratch + (k * len(chunks) + p) * (4 * LANES)
+                e.store(self._widened(e, chunk + k * (LANES * self.size)), to, align=64)
+
+    def many(self, e: Emitter, scratch: Value, x: list[Value], sums: Floats, left: Value) -> Floats:
+        panels = len(sums)
+
+        def weights(k: Value) -> list[Value]:
+            at = scratch + k * (4 * LANES * panels)
+            return [e.load(at + 4 * LANES * p, vec(F32, LANES), align=64) for p in range(panels)]
+
+        totals = self._products(e, weights, panels, x, left)
+        return [[s + t for s, t in zip(*lines, strict=True)] for lines in zip(sums, totals, strict=True)]
+
+    def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
+        def weights(k: Value) -> list[Value]:
+            at = chunk + k * (LANES * self.size)
+            e.prefetch(at + 4096)
+            return [self._widened(e, at)]
+
+        (totals,) = self._products(e, weights, 1, x, left)
+        return [s + t for s, t in zip(sums, totals, strict=True)]
+
+    def _products(self, e: Emitter, weights: object, panels: int, x: list[Value], left: Value) -> Floats:
+        """Sums over a chunk of weights(k) [panel] times x [column][k]."""
+        zero = e.const(vec(F32, LANES), 0.0)
+        sums = [[e.var(zero) for _ in x] for _ in range(panels)]
+
+        def step(k: Value, ahead: int) -> None:
+            w = weights(k + ahead)  # type: ignore[operator]
+            for c, column in enumerate(x):
+                value = e.splat(e.load(column + (k + ahead) * 4, F32), LANES)
+                for p in range(panels):
+                    sums[p][c].set(e.fma(w[p], value, sums[p][c].get()))
+
+        whole = left & ~(_STEP - 1)
+        with e.loop(0, whole, _STEP) as k:
+            for ahead in range(_STEP):
+                step(k, ahead)
+        with e.loop(whole, left) as k:
+            step(k, 0)
+        return [[s.get() for s in line] for line in sums]

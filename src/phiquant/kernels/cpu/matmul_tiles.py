@@ -1,0 +1,184 @@
+"""The loops that all matrix multiplications share: tickets, tiles of rows and columns, chunks along k.
+
+A panel is 16 rows of the matrix, interleaved so that a lane is a row. Two ways lead through it, with the same
+floating-point operations in the same order for every element, so that a row's result does not depend on its company:
+
+few columns   memory bound. A ticket is about a megabyte of panels; weights are unpacked in registers, and prefetched.
+many columns  bound by the dot product. A ticket is some panels times a block of columns; a chunk of 256 weights of each
+              row is unpacked once into the first-level cache and meets all columns of the block, tile by tile, whose
+              sums wait in the same cache between chunks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from .activations import CHUNK, Activations, chunk_stride, tickets
+from .emit import F32, I64, Emitter, Value, vec
+from .operation import Arguments
+from .target import Target
+
+__all__ = ["ARGUMENTS", "LANES", "Format", "body"]
+
+LANES = 16  # rows of a panel
+FEW = 4  # up to so many columns the weights are not unpacked to memory
+BLOCK = 96  # columns that share an unpacked chunk; a multiple of every tile
+
+ARGUMENTS = Arguments("count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add")
+
+Floats = list[list[Value]]  # [panel][column] of float32 × 16
+
+
+class Format(ABC):
+    """How weights of one type are laid out in panels and multiplied."""
+
+    activations: Activations
+    chunk_bytes: int  # of a panel, for 256 columns
+
+    @abstractmethod
+    def panel_bytes(self, columns: int) -> int:
+        """Bytes of 16 rows."""
+
+    @abstractmethod
+    def pack(self, e: Emitter, rows: list[Value], panel: Value, columns: Value) -> None:
+        """Emit the interleaving of 16 rows, given by their addresses in the file's layout, into a panel."""
+
+    def panels(self, target: Target) -> int:
+        """Panels of a tile for many columns."""
+        return 2 if target.vector_bytes == 64 else 1
+
+    def tile(self, target: Target) -> int:
+        """Columns of a tile for many columns; divides BLOCK."""
+        return 6 if target.vector_bytes == 64 else 2
+
+    def few_tile(self, target: Target) -> int:
+        """Columns of the larger tile for few columns."""
+        return 4 if target.vector_bytes == 64 else 2
+
+    @abstractmethod
+    def unpacked_bytes(self, panels: int) -> int:
+        """Bytes of a chunk in the form that `many` reads."""
+
+    @abstractmethod
+    def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> None:
+        """Emit the unpacking of one chunk (`left` columns of it exist) of each panel."""
+
+    @abstractmethod
+    def many(self, e: Emitter, scratch: Value, x: list[Value], sums: Floats, left: Value) -> Floats:
+        """Emit a tile's chunk: unpacked weights times the chunks `x` of its columns, added to `sums`."""
+
+    @abstractmethod
+    def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
+        """Emit the same for one panel as it is stored."""
+
+
+def body(f: Format, target: Target) -> Callable[..., None]:
+    """The kernel of a format: out [count, rows] (+)= x [count, columns] times the transposed weights."""
+    tile = f.tile(target)
+
+    def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
+        a = dict(zip(ARGUMENTS.names, ARGUMENTS.read_all(e, block), strict=True))
+        count = e.load(a["count"], I64, align=8)
+        a["between"] = chunk_stride(count, tile, f.activations)
+        a["chunks"] = (a["columns"] + (CHUNK - 1)).udiv(CHUNK)
+        a["panels"] = (a["rows"] + (LANES - 1)).udiv(LANES)
+        a["count"] = count
+        with e.choose(count <= FEW) as (yes, no):
+            with yes:
+                _few(e, f, a, counter)
+            with no:
+                _many(e, f, a, counter)
+
+    return kernel
+
+
+def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
+    wide, count = f.few_tile(e.target), a["count"]
+    edge = e.scratch(4 * LANES)
+
+    def work(ticket: Value) -> None:
+        first = ticket * a["ticket"]
+        with e.loop(first, e.min(first + a["ticket"], a["panels"])) as panel:
+            whole = count.udiv(wide) * wide
+            with e.loop(0, whole, wide) as column:
+                _few_tile(e, f, a, panel, column, wide, edge)
+            with e.loop(whole, count) as column:
+                _few_tile(e, f, a, panel, column, 1, edge)
+
+    tickets(e, counter, (a["panels"] + a["ticket"] - 1).udiv(a["ticket"]), work)
+
+
+def _few_tile(e: Emitter, f: Format, a: dict[str, Value], panel: Value, column: Value, n: int, edge: Value) -> None:
+    stride = f.activations.stride
+    weights, x = a["weights"] + panel * a["panel_bytes"], a["x"] + column * stride
+    zero = e.const(vec(F32, LANES), 0.0)
+    sums = [e.var(zero) for _ in range(n)]
+    with e.loop(0, a["chunks"]) as chunk:
+        at = x + chunk * a["between"]
+        left = e.min(a["columns"] - chunk * CHUNK, CHUNK)
+        got = f.few(
+            e, weights + chunk * f.chunk_bytes, [at + c * stride for c in range(n)], [s.get() for s in sums], left
+        )
+        for s, v in zip(sums, got, strict=True):
+            s.set(v)
+    for c, s in enumerate(sums):
+        e.store(s.get(), edge)
+        _write(e, a, edge, panel, column + c)
+
+
+def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
+    panels, tile, stride = f.panels(e.target), f.tile(e.target), f.activations.stride
+    scratch = e.scratch(f.unpacked_bytes(panels))
+    total = e.scratch(4 * LANES * panels * BLOCK)  # [column][panel][16]
+    tile_bytes, column_bytes = 4 * LANES * panels * tile, 4 * LANES * panels
+    groups = (a["panels"] + (panels - 1)).udiv(panels)
+
+    def work(ticket: Value) -> None:
+        block = ticket.udiv(groups)
+        first_panel, first_column = (ticket - block * groups) * panels, block * BLOCK
+        columns = e.min(a["count"] - first_column, BLOCK)
+        tiles = (columns + (tile - 1)).udiv(tile)
+        # An odd last panel is computed twice and written once.
+        mine = [e.min(first_panel + p, a["panels"] - 1) for p in range(panels)]
+        weights = [a["weights"] + p * a["panel_bytes"] for p in mine]
+        zero = e.const(vec(F32, LANES), 0.0)
+        with e.loop(0, tiles * tile_bytes, 64) as i:
+            e.store(zero, total + i, align=64)
+        with e.loop(0, a["chunks"]) as chunk:
+            left = e.min(a["columns"] - chunk * CHUNK, CHUNK)
+            f.unpack(e, [w + chunk * f.chunk_bytes for w in weights], scratch, left)
+            x = a["x"] + chunk * a["between"] + first_column * stride
+            with e.loop(0, tiles) as t:
+                at, here = x + t * (tile * stride), total + t * tile_bytes
+                places = [[here + (c * panels + p) * 64 for c in range(tile)] for p in range(panels)]
+                sums = [[e.load(place, zero.type, align=64) for place in line] for line in places]
+                got = f.many(e, scratch, [at + c * stride for c in range(tile)], sums, left)
+                for line, values in zip(places, got, strict=True):
+                    for place, value in zip(line, values, strict=True):
+                        e.store(value, place, align=64)
+        with e.loop(0, columns) as c:
+            for p in range(panels):
+                _write(e, a, total + c * column_bytes + p * 64, first_panel + p, first_column + c)
+
+    tickets(e, counter, groups * (a["count"] + (BLOCK - 1)).udiv(BLOCK), work)
+
+
+def _write(e: Emitter, a: dict[str, Value], source: Value, panel: Value, column: Value) -> None:
+    """Add to or store in `out` the 16 sums at `source`, but for rows that the matrix does not have."""
+    first = panel * LANES
+    target = a["out"] + (column * a["rows"] + first) * 4
+    with e.choose(first + LANES <= a["rows"]) as (whole, part):
+        with whole:
+            _move(e, a, source, target, vec(F32, LANES))
+        with part, e.loop(0, a["rows"] - first) as i:
+            _move(e, a, source + i * 4, target + i * 4, F32)
+
+
+def _move(e: Emitter, a: dict[str, Value], source: Value, target: Value, kind: object) -> None:
+    value = e.load(source, kind, align=4)
+    with e.choose(a["add"] != 0) as (add, store):
+        with add:
+            e.store(e.load(target, kind, align=4) + value, target, align=4)
+        with store:
+            e.store(value, target, align=4)

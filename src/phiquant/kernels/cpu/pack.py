@@ -1,0 +1,66 @@
+"""Repacking a weight to panels of 16 interleaved rows, by a native kernel, in parallel over panels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .activations import tickets
+from .emit import Emitter, Value
+from .library import function
+from .matmul_tiles import LANES, Format
+from .operation import Arguments, aligned
+from .target import Target
+
+__all__ = ["call", "pack"]
+
+_ARGUMENTS = Arguments("weights", "out", "rows", "columns", "row_bytes", "panel_bytes")
+_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
+SLACK = 64  # bytes after the last panel
+
+
+def _body(f: Format) -> Callable[..., None]:
+    def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
+        weights, out, rows, columns, row_bytes, panel_bytes = _ARGUMENTS.read_all(e, block)
+
+        def work(panel: Value) -> None:
+            # Rows that the last panel lacks repeat the last one; what they yield is never stored.
+            mine = [weights + e.min(panel * LANES + i, rows - 1) * row_bytes for i in range(LANES)]
+            f.pack(e, mine, out + panel * panel_bytes, columns)
+
+        tickets(e, counter, (rows + (LANES - 1)).udiv(LANES), work)
+
+    return kernel
+
+
+def call(kernel: int, block: NDArray[np.int64], threads: int) -> None:
+    """Run a native operation on threads of Python's, which hold no interpreter lock meanwhile."""
+    f = _SIGNATURE(kernel)
+    counter = np.zeros(2, np.int64)
+    if threads == 1:
+        f(block.ctypes.data, 0, 1, counter.ctypes.data)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda i: f(block.ctypes.data, i, threads, counter.ctypes.data), range(threads)))
+
+
+def pack(
+    name: str, f: Format, data: NDArray[np.uint8], rows: int, columns: int, target: Target, threads: int
+) -> NDArray[np.uint8]:
+    """Panels of a matrix of which `data` holds the rows as the file does."""
+    panels, panel_bytes = -(-rows // LANES), f.panel_bytes(columns)
+    out = aligned(panels * panel_bytes + SLACK)
+    block = _ARGUMENTS.pack(
+        weights=data.ctypes.data,
+        out=out.ctypes.data,
+        rows=rows,
+        columns=columns,
+        row_bytes=data.size // rows,
+        panel_bytes=panel_bytes,
+    )
+    call(function(f"pack.{name}", 4, _body(f), target), block, min(threads, panels))
+    return out
