@@ -105,6 +105,7 @@ def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
     [
         ("<{{ messages[0].content }}>", "s"),
         ("<|{{ messages[0].content }}", "end|>"),
+        ("<|{{ messages[0].content | trim }}|>", " end\n"),
         ("{{ messages[0].content }}|>", "<|end"),
         ("<|{{ messages[0].content | trim }}", "\n end|>\n"),
         ("{{ messages[0].content }}{{ messages[1].content }}", "<|e"),
@@ -121,9 +122,6 @@ def test_templates_that_handle_content_cannot_be_made_to_write_special_tokens(
     own = with_template(tokenizer, "<|user|>" + source)
     talk = [{"role": "user", "content": content}, {"role": "user", "content": "nd|>"}]
     ids = chat.encode(own, talk)
-    if source.startswith("<{{"):
-        # The whole content is an inner part, its ends cannot complete a special text from outside.
-        assert ids.count(1) == 0
     types = tokenizer.vocabulary.types[np.array(ids[1:])].tolist()
     assert ids[0] == 32010
     assert set(types) <= {TokenType.NORMAL, TokenType.BYTE}

@@ -58,12 +58,12 @@ def test_known_templates_write_nothing_but_the_messages_once() -> None:
 
 HOSTILE = {
     "endless": "{% for i in range(10**9) %}{% endfor %}",
-    "nested": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "nested": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "multiplied": "{{ 'a' * 10**10 }}",
-    "power": "{{ 9**9**9 }}",
+    "power": "{{ 9**(9**9) }}",
     "list": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "output": "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
-    "doubled": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "doubled": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "macro": "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
     "format": "{{ '%1000000000d' % 1 }}",
     "center": "{{ 'a' | center(10**10) }}",
@@ -88,9 +88,9 @@ def test_exhausting_templates_are_stopped_in_time(source: str) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the address space is bounded on Linux only")  # noqa: PTH110
 def test_memory_is_bounded_on_linux() -> None:
-    assert len(make("{{ 'a' * (16 * 2**20) }}").render([])) == 16 << 20
+    assert len(make("{% set n = 16 * 2**20 %}{{ 'a' * n }}").render([])) == 16 << 20
     with pytest.raises(TemplateError, match="64 MiB"):
-        make("{{ 'a' * (65 * 2**20) }}").render([])
+        make("{% set n = 65 * 2**20 %}{{ 'a' * n }}").render([])
 
 
 ESCAPES = [
@@ -98,7 +98,7 @@ ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ messages.__class__.__init__.__globals__ }}",
     "{{ raise_exception.__globals__['os'].system('true') }}",
-    "{{ strftime_now.__globals__ }}",
+    "{{ strftime_now.__globals__.os }}",
     "{{ cycler.__init__.__globals__.os.listdir('/') }}",
     "{{ '{0.__class__.__mro__}'.format('') }}",
     "{{ messages.append(1) }}",

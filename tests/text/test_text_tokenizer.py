@@ -327,6 +327,11 @@ def test_malformed_added_tokens_are_refused(config: dict[str, Any]) -> None:
         added_tokens_from_hf(config, None)
 
 
+def small(tokens: list[str], scores: list[float], types: list[int], **more: Any) -> dict[str, Any]:
+    keys = {"tokens": tokens, "scores": scores, "token_type": types, "model": "llama", "add_bos_token": False, **more}
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
 attributes = st.fixed_dictionaries({name: st.booleans() for name in ("lstrip", "rstrip", "single_word", "normalized")})
 
 
@@ -337,15 +342,31 @@ attributes = st.fixed_dictionaries({name: st.booleans() for name in ("lstrip", "
         st.sampled_from(["ab", "a", "abc", " ", "\n", "\u3000", "\x1c", "x", "_", "é", "9", "-"]), max_size=12
     ).map("".join),
 )
-def test_attributes_mean_what_tokenizers_means(
-    tokenizer: Tokenizer, plain: tokenizers.Tokenizer, flags: list[dict[str, bool]], text: str
-) -> None:
-    ids = {content: tokenizer.vocabulary.tokens.index(content) for content in ("ab", "abc", "x")}
-    oracle = tokenizers.Tokenizer.from_str(plain.to_str())
-    oracle.add_tokens([tokenizers.AddedToken(content, **flag) for content, flag in zip(ids, flags, strict=True)])
-    added = [AddedToken(ids[content], content, **flag) for content, flag in zip(ids, flags, strict=True)]
-    mine = Tokenizer(tokenizer.vocabulary, added)
-    assert mine.encode(text, add_bos=False) == oracle.encode(text, add_special_tokens=False).ids
+def test_attributes_mean_what_tokenizers_means(flags: list[dict[str, bool]], text: str) -> None:
+    tokens = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "c",
+        "x",
+        "\u2581a",
+        "ab",
+        "abc",
+    ]
+    vocabulary = Vocabulary.from_metadata(
+        small(tokens, [0.0] * 257 + [-float(i) for i in range(8)], [2] + [6] * 256 + [1] * 8)
+    )
+    contents = ("ab", "abc", "x")
+    added = [AddedToken(tokens.index(content), content, **flag) for content, flag in zip(contents, flags, strict=True)]
+    merges = [("\u2581", "a"), ("a", "b"), ("ab", "c")]
+    model = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges, byte_fallback=True)
+    oracle = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    oracle.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    oracle.add_tokens([tokenizers.AddedToken(content, **flag) for content, flag in zip(contents, flags, strict=True)])
+    assert Tokenizer(vocabulary, added).encode(text) == oracle.encode(text, add_special_tokens=False).ids
 
 
 BROKEN: list[tuple[str, Any, type[Exception], str]] = [
@@ -382,11 +403,6 @@ def test_contradictory_metadata_is_refused(
         del broken[key]
     with pytest.raises(error, match=message):
         Tokenizer.from_metadata(broken)
-
-
-def small(tokens: list[str], scores: list[float], types: list[int], **more: Any) -> dict[str, Any]:
-    keys = {"tokens": tokens, "scores": scores, "token_type": types, "model": "llama", "add_bos_token": False, **more}
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
 def test_missing_byte_tokens_are_named() -> None:

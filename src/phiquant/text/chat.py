@@ -62,9 +62,9 @@ class Mask:
         self._reveal = str.maketrans({private: character for character, private in pairs})
 
     def hide(self, text: str) -> str:
-        """`text` with whole special texts masked, and at its ends what a neighbouring text could complete to one.
+        """`text` with whole special texts masked, and what a neighbouring text could complete to one.
 
-        The ends are looked for behind whitespace too, since templates trim.
+        That is the ends of `text`, looked for behind whitespace too, since templates trim, or all of it.
         """
         covered: set[int] = set()
         for special in self._specials:
@@ -74,6 +74,8 @@ class Mask:
                 at = text.find(special, at + 1)
         trimmed = text.strip(WHITESPACE)
         first = len(text) - len(text.lstrip(WHITESPACE))
+        if any(trimmed in special for special in self._specials):
+            covered.update(range(first, first + len(trimmed)))
         for special in self._specials:
             for size in range(1, len(special)):
                 if trimmed.startswith(special[size:]):

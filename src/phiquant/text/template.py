@@ -50,7 +50,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
         """The text of a conversation.
 
-        messages: each with a role (one of `ROLES`) and a content (text; None beside tool calls); more keys are passed on.
+        messages: each with a role (one of `ROLES`) and a content (text; None beside tool calls); other keys pass on.
         add_generation_prompt: end with the beginning of the assistant's turn.
         extra: further variables of the template, such as `tools`; values that JSON can express.
         Raises RequestError for malformed messages; TemplateError when the template fails, refuses the conversation,
@@ -73,9 +73,7 @@ class ChatTemplate:
             return shared.render(self.source, context)
         try:
             return _compiled(self.source).render(**context)
-        except (
-            Exception
-        ) as error:  # whatever a template's expressions can raise, such as TypeError for a content of None
+        except Exception as error:  # an expression can raise anything: TypeError for a content of None
             raise TemplateError(f"the chat template failed: {explain(error)}") from error
 
 
