@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from phiquant.errors import RequestError, TokenError, TokenizerError, UnsupportedError
+from phiquant.gguf import GGUFFile, GGUFWriter, ValueType
 from phiquant.text import AddedToken, Tokenizer, TokenType, Vocabulary, added_tokens_from_hf, added_tokens_to_json
 from phiquant.text.bpe import SHORT_TEXT, PieceEncoder
 
@@ -427,3 +428,28 @@ def test_pieces_with_inner_spaces_and_duplicates_and_no_prefix() -> None:
 def test_vocabulary_takes_plain_lists(metadata: dict[str, Any]) -> None:
     lists = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()}
     assert len(Vocabulary.from_metadata(lists)) == 32064
+
+
+def test_from_a_gguf_file(tmp_path: Path, metadata: dict[str, Any], tokenizer: Tokenizer) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    kinds = {str: ValueType.STRING, bool: ValueType.BOOL, int: ValueType.UINT32}
+    with GGUFWriter(path) as writer:
+        for key, value in metadata.items():
+            if isinstance(value, list):
+                writer.add(key, value, ValueType.ARRAY, ValueType.STRING)
+            elif isinstance(value, np.ndarray):
+                writer.add(
+                    key, value, ValueType.ARRAY, ValueType.FLOAT32 if value.dtype.kind == "f" else ValueType.INT32
+                )
+            else:
+                writer.add(key, value, kinds[type(value)])
+        writer.begin()
+        writer.commit()
+    with GGUFFile.open(path) as gguf:
+        loaded = Tokenizer.from_gguf(gguf)
+    text = "<|user|>\nHi 🙂<|end|>\n<|assistant|>\n"
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.added_tokens == tokenizer.added_tokens
+    assert loaded.chat_template is not None
+    assert loaded.chat_template.is_known
+    assert loaded.eog_ids == tokenizer.eog_ids
