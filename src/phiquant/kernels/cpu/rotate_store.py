@@ -20,6 +20,8 @@ __all__ = ["MOST_CHANNELS", "bind"]
 MOST_CHANNELS = 256
 """Channels of a head that there is room for."""
 
+_TOKENS = 16
+
 ARGS = Arguments(
     "count", "qkv", "q_out", "cos", "sin", "positions", "slots", "pages", "columns", "cache", "page_bytes",
     "plane_bytes", "page_tokens", "head_size", "rotary", "kv_heads", "group",
@@ -90,8 +92,8 @@ def _emitter(half_cache: bool) -> Callable[..., None]:
         tokens = e.load(a["count"], I64)
         q_width, kv_width = kv_heads * group * n, kv_heads * n
         rotated = e.scratch(4 * MOST_CHANNELS)
-        # One ticket is one key-value head with its queries, for all tokens: no two threads write to one plane.
-        with tickets(e, counter, kv_heads) as head, e.loop(0, tokens) as token:
+
+        def one(head: Value, token: Value) -> None:
             row = a["qkv"] + 4 * (q_width + 2 * kv_width) * token
             cos, sin = (a[name] + 4 * half * token for name in ("cos", "sin"))
             with e.loop(head * group, head * group + group) as h:
@@ -110,5 +112,16 @@ def _emitter(half_cache: bool) -> Callable[..., None]:
             values = plane + a["plane_bytes"] + size * n * within
             for i, lanes in _spans(e, e.integer(0), n):
                 e.store(element(e, e.load(key + 4 * (kv_width + i), vec(F32, lanes))), values + size * i)
+
+        # A ticket is a few tokens, so that a head's plane stays in the first-level cache while they are written to it;
+        # of few tokens, with one head, so that all threads have work.
+        chunks = (tokens + (_TOKENS - 1)) // _TOKENS
+        pieces = e.where(chunks < 2 * threads, kv_heads, 1)
+        with tickets(e, counter, chunks * pieces) as ticket:
+            first, piece = ticket // pieces * _TOKENS, ticket % pieces
+            heads = kv_heads // pieces
+            last = e.min(first + _TOKENS, tokens)
+            with e.loop(piece * heads, piece * heads + heads) as head, e.loop(first, last) as token:
+                one(head, token)
 
     return body
