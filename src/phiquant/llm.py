@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self, TypedDict, Unpack, overload
+from typing import Final, Literal, Self, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,9 @@ from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType, GGUFFile
 from phiquant.kernels.ops import Capacity
+from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
 from phiquant.text import Message, StopStrings, Tokenizer, chat
-
-if TYPE_CHECKING:
-    from phiquant.kernels.ops import Backend
 
 __all__ = ["LLM", "Completion", "CompletionChunk", "Options", "Timings", "Usage"]
 
@@ -152,7 +150,7 @@ class LLM:
             context: most tokens of a sequence; 0, or more than the model has been trained for, for all it can.
             threads: native threads; 0 for as many as the process may use.
             gpu_layers: how many layers to put on a GPU; while there is no backend for one, `notes` says so.
-            backend: "auto", "cpu" or "reference".
+            backend: "auto" (the best that this machine can run), "cpu" or "reference".
             cache_type: element type of the key-value cache, "f16" or "f32".
             batch: most tokens of a step; prompts are computed in chunks of this size.
             parallel: most sequences of a step.
@@ -189,7 +187,7 @@ class LLM:
                 cache_type=CACHE_TYPES[cache_type],
                 threads=threads,
             )
-            chosen = _backend(backend, progress)
+            chosen = select(backend, progress)
             executable = chosen.prepare(record(config, load_weights(gguf, config)), capacity)
             tokenizer = Tokenizer.from_gguf(gguf)
             unused = tokenizer.unused_ids
@@ -366,9 +364,3 @@ class LLM:
         )
         whole = Completion("".join(pieces), tuple(job.generated), finish, usage, timings, seed)
         yield CompletionChunk(text, new, whole)
-
-
-def _backend(name: str, progress: Callable[[str], None] | None) -> "Backend":
-    from phiquant.kernels.reference import ReferenceBackend
-
-    return ReferenceBackend()

@@ -1,0 +1,181 @@
+"""Small random Phi-3 models, their weights drawn from a seeded NumPy generator so that none need be committed.
+
+Weights are larger than a fresh model's: scores of attention spread by 1 and logits by 1.5, so that a wrong rotation or
+mask shows at once (`test_the_vectors_tell_the_regimes_apart`).
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from phiquant.convert import convert
+
+VECTORS = Path(__file__).parents[1] / "vectors"
+TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+LENGTH = 200
+VOCABULARY = 32064
+LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    seed: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    tied: bool = False
+    partial: float = 1.0
+    original: int = 0  # LongRoPE's border; 0 without LongRoPE
+    window: int | None = None
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def ffn(self) -> int:
+        return 2 * self.hidden
+
+    def config(self) -> dict[str, Any]:
+        rope: dict[str, Any] = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": self.partial}
+        if self.original:
+            half = int(self.head_size * self.partial) // 2
+            rope |= {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": self.original,
+                "short_factor": np.linspace(1.0, 2.5, half).round(4).tolist(),
+                "long_factor": np.geomspace(1.1, 40.0, half).round(4).tolist(),
+            }
+        return {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "vocab_size": VOCABULARY,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": 2048,
+            "original_max_position_embeddings": self.original or 2048,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "rope_parameters": rope,
+            "sliding_window": self.window,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+            "dtype": "float32",
+        }
+
+    def weights(self) -> dict[str, np.ndarray]:
+        draw = np.random.Generator(np.random.PCG64(self.seed)).standard_normal
+        q, kv = self.hidden, self.kv_heads * self.head_size
+
+        def matrix(rows: int, columns: int, gain: float) -> np.ndarray:
+            return draw((rows, columns), np.float32) * np.float32(gain / np.sqrt(columns))
+
+        def norm() -> np.ndarray:
+            return 1 + np.float32(0.1) * draw(self.hidden, np.float32)
+
+        spread = 1.5 if self.tied else np.sqrt(self.hidden)
+        made = {"model.embed_tokens.weight": matrix(VOCABULARY, self.hidden, spread), "model.norm.weight": norm()}
+        if not self.tied:
+            made["lm_head.weight"] = matrix(VOCABULARY, self.hidden, 1.5)
+        for layer in range(LAYERS):
+            prefix = f"model.layers.{layer}."
+            made[prefix + "self_attn.qkv_proj.weight"] = matrix(q + 2 * kv, self.hidden, 1.0)
+            made[prefix + "self_attn.o_proj.weight"] = matrix(self.hidden, q, 0.7)
+            made[prefix + "mlp.gate_up_proj.weight"] = matrix(2 * self.ffn, self.hidden, 1.0)
+            made[prefix + "mlp.down_proj.weight"] = matrix(self.hidden, self.ffn, 0.7)
+            made[prefix + "input_layernorm.weight"] = norm()
+            made[prefix + "post_attention_layernorm.weight"] = norm()
+        return made
+
+    def ids(self, length: int = LENGTH) -> list[int]:
+        return np.random.Generator(np.random.PCG64(self.seed + 1)).integers(3, 32000, length).tolist()
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("untied_64", 11, heads=4, kv_heads=4, head_size=64),
+        Model("tied_grouped_96", 12, heads=4, kv_heads=2, head_size=96, tied=True),
+        Model("untied_grouped_128", 13, heads=4, kv_heads=1, head_size=128),
+        Model("tied_grouped_partial_128", 14, heads=4, kv_heads=2, head_size=128, tied=True, partial=0.75),
+        Model("longrope_below_96", 15, heads=4, kv_heads=4, head_size=96, original=256),
+        Model("longrope_above_96", 15, heads=4, kv_heads=4, head_size=96, original=128),
+        Model("longrope_partial_128", 16, heads=3, kv_heads=1, head_size=128, tied=True, partial=0.75, original=64),
+        Model("window_64", 17, heads=4, kv_heads=4, head_size=64, window=47),
+    )
+}
+# Sequences for the vectors: ids whose log-probabilities are kept for each token.
+KEPT = np.random.Generator(np.random.PCG64(1)).choice(32000, 64, replace=False)
+
+
+def write_checkpoint(model: Model, directory: Path) -> Path:
+    """The model in Hugging Face layout, without transformers' help."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(model.config()))
+    save_file(model.weights(), directory / "model.safetensors", {"format": "pt"})
+    copy_tokenizer(directory)
+    return directory
+
+
+def copy_tokenizer(directory: Path) -> None:
+    for name in TOKENIZER_FILES:
+        shutil.copy(TINY / name, directory / name)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+
+
+def kl(truth: np.ndarray, ours: np.ndarray) -> float:
+    """Mean KL divergence of next-token distributions, from log-probabilities [tokens, vocabulary]."""
+    return float((np.exp(truth) * (truth - ours)).sum(axis=1).mean())
+
+
+@pytest.fixture
+def parity() -> ModuleType:
+    """This module, for the tests beside it."""
+    return sys.modules[__name__]
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> Model:
+    return MODELS[request.param]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Callable[[Model], Path]]:
+    """Makes the F32 GGUF of a model; some 60 to 200 MB, so it goes after the test."""
+
+    def make(model: Model) -> Path:
+        path = tmp_path / f"{model.name}.gguf"
+        convert(write_checkpoint(model, tmp_path / model.name), path, "f32")
+        return path
+
+    yield make
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model as F32 GGUF."""
+    path = tmp_path_factory.mktemp("tiny") / "phi3-tiny-f32.gguf"
+    convert(TINY, path, "f32")
+    return path

@@ -1,0 +1,92 @@
+"""Logits against transformers in float32: made, saved and converted here, compared over the whole vocabulary."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phiquant import LLM
+from phiquant.convert import convert
+
+pytestmark = pytest.mark.parity
+
+MOST_KL = 1e-6
+CLOSE = 0.01  # in log-probability
+BACKENDS = ("reference", "cpu")
+
+
+def saved(parity: Any, model: Any, directory: Path) -> Any:
+    """A transformers model with the weights of `model`, saved by save_pretrained."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    settings = {k: v for k, v in model.config().items() if k not in ("architectures", "model_type", "dtype")}
+    made = transformers.Phi3ForCausalLM._from_config(
+        transformers.Phi3Config(**settings), attn_implementation="eager", dtype=torch.float32
+    )
+    state = {name: torch.from_numpy(value) for name, value in model.weights().items()}
+    missing, unexpected = made.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert missing == (["lm_head.weight"] if model.tied else [])
+    made.eval().save_pretrained(directory)
+    parity.copy_tokenizer(directory)
+    return made
+
+
+def truth(parity: Any, made: Any, ids: list[int]) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return parity.log_softmax(made(torch.tensor([ids])).logits[0].numpy())
+
+
+def test_divergence_from_transformers(
+    parity: Any, model: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    made = saved(parity, model, tmp_path / "hf")
+    expected = truth(parity, made, model.ids())
+    convert(tmp_path / "hf", tmp_path / "model.gguf", "f32")
+    for backend in BACKENDS:
+        for cache_type in ("f16", "f32"):
+            with LLM.load(tmp_path / "model.gguf", backend=backend, cache_type=cache_type) as llm:
+                found = parity.log_softmax(llm.logits(model.ids()))
+            divergence = parity.kl(expected, found)
+            record_property(f"{backend} {cache_type}", divergence)
+            print(f"KL {model.name:28} {backend:10} {cache_type} {divergence:.2e}")
+            assert divergence <= MOST_KL, (backend, cache_type)
+            top, ours = expected.argmax(axis=1), found.argmax(axis=1)
+            rows = np.flatnonzero(top != ours)
+            if cache_type == "f32":
+                assert len(rows) == 0, backend
+            else:  # half precision may swap two tokens that are as good as equally likely
+                assert (expected[rows, top[rows]] - expected[rows, ours[rows]] < CLOSE).all(), backend
+
+
+def test_generation_across_the_border_of_longrope(parity: Any, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    model = parity.MODELS["longrope_above_96"]
+    made = saved(parity, model, tmp_path / "hf")
+    prompt = model.ids()[:120]
+    generated = made.generate(
+        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, 120:].tolist()
+    convert(tmp_path / "hf", tmp_path / "model.gguf", "f32")
+    for backend in BACKENDS:
+        with LLM.load(tmp_path / "model.gguf", backend=backend) as llm:
+            assert list(llm.generate(prompt, max_tokens=40, temperature=0).ids) == generated
+
+
+def test_greedy_text_of_the_bundled_model(parity: Any, tiny: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        parity.TINY, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    prompt = np.load(parity.VECTORS / "phi3_tiny.npz")["prompt"].tolist()
+    generated = made.generate(
+        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    for backend in BACKENDS:
+        with LLM.load(tiny, backend=backend) as llm:
+            assert list(llm.generate(prompt, max_tokens=64, temperature=0).ids) == generated
