@@ -64,7 +64,7 @@ def parse_file_type(text: str) -> Target:
     known = {kind.name: kind for kind in FileType if kind not in _NOT_FILE_TYPES}
     if name == "COPY":
         return COPY
-    found = known.get(name) or _ALIASES.get(name)
+    found = known.get(name, _ALIASES.get(name))
     if found is None and name.isascii() and name.isdecimal():
         found = next((kind for kind in known.values() if str(int(kind)) == name), None)
         if found is None:

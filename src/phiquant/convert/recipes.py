@@ -267,7 +267,8 @@ class _Mixer:
             self.downs_seen += 1
         elif "attn_output.weight" in name:
             return _ATTENTION_OUTPUT.get(kind, self.default)
-        return (rule(layer, layers, self.model) if rule else None) or self.default
+        chosen = rule(layer, layers, self.model) if rule else None
+        return self.default if chosen is None else chosen
 
     def _output_type(self, tensor: Tensor) -> GGMLType:
         if self.options.output_tensor_type is not None:
