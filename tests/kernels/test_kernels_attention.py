@@ -1,0 +1,255 @@
+"""Attention against the formula in float64, and to the bit against itself under any division of the work."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from phiquant.errors import KernelError
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cpu import attention
+from phiquant.kernels.cpu.cache import KVCache, StepTables
+from phiquant.kernels.cpu.operation import StepHeader
+from phiquant.kernels.cpu.target import Target
+from phiquant.kernels.ops import AttentionShape, Capacity
+
+pytestmark = pytest.mark.cpu
+
+Floats = NDArray[np.float32]
+
+
+@dataclasses.dataclass
+class Case:
+    """Whole sequences: queries [tokens, heads, channels], keys and values [tokens, kv_heads, channels] of each."""
+
+    shape: AttentionShape
+    half: bool
+    sequences: list[tuple[Floats, Floats, Floats]]
+
+    @classmethod
+    def random(cls, shape: AttentionShape, half: bool, lengths: list[int], seed: int, spread: float = 1.0) -> "Case":
+        rng = np.random.default_rng(seed)
+
+        def draw(n: int, heads: int) -> Floats:
+            return rng.standard_normal((n, heads, shape.head_size)).astype(np.float32)
+
+        element = np.float16 if half else np.float32
+        made = []
+        for n in lengths:
+            q, k, v = draw(n, shape.heads) * np.float32(spread), draw(n, shape.kv_heads), draw(n, shape.kv_heads)
+            made.append((q, k.astype(element).astype(np.float32), v.astype(element).astype(np.float32)))
+        return cls(shape, half, made)
+
+    def formula(self, sequence: int) -> NDArray[np.float64]:
+        q, k, v = (a.astype(np.float64) for a in self.sequences[sequence])
+        group = self.shape.heads // self.shape.kv_heads
+        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+        scores = np.einsum("thc,shc->hts", q, k) * self.shape.scale
+        t, s = np.indices(scores.shape[1:])
+        seen = (s <= t) & (s > t - (self.shape.window or 1 << 40))
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+        weights /= weights.sum(axis=2, keepdims=True)
+        return np.einsum("hts,shc->thc", weights, v).reshape(len(q), -1)
+
+    def compute(
+        self,
+        machine: Any,
+        target: Target,
+        parts: list[tuple[int, int, int]],
+        *,
+        threads: int = 2,
+        page_tokens: int = 64,
+        seed: int = 0,
+        tiles_at_once: int = 0,
+    ) -> list[Floats]:
+        """Results of parts (sequence, from, to), computed in one step over a cache that is NaN wherever it may."""
+        shape, rng = self.shape, np.random.default_rng(seed)
+        total = sum(b - a for _, a, b in parts)
+        longest = max(len(q) for q, _, _ in self.sequences)
+        columns = -(-longest // page_tokens)
+        capacity = Capacity(
+            tokens=total + 1,
+            sequences=len(self.sequences),
+            pages=columns * len(self.sequences) + 1,
+            page_tokens=page_tokens,
+            pages_per_sequence=columns,
+            cache_type=GGMLType.F16 if self.half else GGMLType.F32,
+        )
+        cache, tables, header = KVCache(shape, 1, capacity), StepTables.of(shape, capacity), StepHeader()
+        cache.layers[0][:] = 255
+        tables.pages[:] = rng.permutation(capacity.pages)[:-1].reshape(tables.pages.shape)
+        pages = cache.layers[0].view(np.float16 if self.half else np.float32)
+        pages = pages.reshape(cache.pages, shape.kv_heads, 2, page_tokens * shape.head_size)
+        ends = {s: b for s, _, b in parts}
+        for s, (_, keys, values) in enumerate(self.sequences):
+            for t in range(ends.get(s, 0)):  # later keys have not been stored yet
+                page, within = tables.pages[s, t // page_tokens], t % page_tokens
+                plane = pages[page, :, 0].reshape(shape.kv_heads, shape.head_size, page_tokens)
+                plane[:, :, within] = keys[t]
+                pages[page, :, 0] = plane.reshape(shape.kv_heads, -1)
+                plane = pages[page, :, 1].reshape(shape.kv_heads, page_tokens, shape.head_size)
+                plane[:, within] = values[t]
+                pages[page, :, 1] = plane.reshape(shape.kv_heads, -1)
+        tables.positions[:total] = np.concatenate([np.arange(a, b) for _, a, b in parts])
+        tables.slots[:total] = np.concatenate([np.full(b - a, s) for s, a, b in parts])
+        q = np.full((total + 1, shape.q_width), np.nan, np.float32)
+        q[:total] = np.concatenate([self.sequences[s][0][a:b].reshape(b - a, -1) for s, a, b in parts])
+        out = np.full((total + 1, shape.q_width), np.nan, np.float32)
+        tiles, _ = attention.tile(
+            tables.positions[:total],
+            tables.slots[:total],
+            shape.heads // shape.kv_heads,
+            shape.window,
+            tables.tiles,
+        )
+        operation = attention.bind(
+            machine.region(q, total),
+            machine.region(out, total),
+            tables,
+            header,
+            cache,
+            0,
+            attention.scratch(cache, threads),
+            threads,
+            target,
+        )
+        for first in range(0, tiles, tiles_at_once or tiles):
+            header.set("first_tile", first)
+            header.set("last_tile", min(tiles, first + (tiles_at_once or tiles)))
+            machine.run(operation, threads=threads)
+        assert np.isnan(out[total:]).all()
+        return np.split(out[:total], np.cumsum([b - a for _, a, b in parts])[:-1])
+
+
+def shape_of(kv_heads: int, group: int, head_size: int, window: int = 0) -> AttentionShape:
+    return AttentionShape(kv_heads * group, kv_heads, head_size, 0, head_size**-0.5, window)
+
+
+def same_bits(a: Floats, b: Floats) -> bool:
+    return np.array_equal(a.view(np.int32), b.view(np.int32))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    half=st.booleans(),
+    window=st.sampled_from([0, 1, 17, 64, 100]),
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=2),
+    spread=st.sampled_from([1.0, 30.0]),
+    page_tokens=st.sampled_from([16, 48, 64]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_it_equals_the_formula(
+    each_target, machine, kv_heads, group, half, window, lengths, spread, page_tokens, threads, seed
+) -> None:
+    case = Case.random(shape_of(kv_heads, group, 32, window), half, lengths, seed, spread)
+    parts = [(i, 0, n) for i, n in enumerate(lengths)]
+    got = case.compute(machine, each_target, parts, threads=threads, page_tokens=page_tokens, seed=seed)
+    for i, result in enumerate(got):
+        np.testing.assert_allclose(result, case.formula(i), rtol=0, atol=5e-6 * max(1.0, spread))
+
+
+@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
+def test_every_head_size(machine, head_size) -> None:
+    from phiquant.kernels.cpu.target import host
+
+    case = Case.random(shape_of(2, 2, head_size), True, [75], head_size)
+    (got,) = case.compute(machine, host(), [(0, 0, 75)])
+    np.testing.assert_allclose(got, case.formula(0), rtol=0, atol=5e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    group=st.integers(1, 5),
+    half=st.booleans(),
+    window=st.sampled_from([0, 1, 20, 64, 130]),
+    length=st.integers(2, 300),
+    neighbour=st.integers(1, 40),
+    data=st.data(),
+)
+def test_no_division_of_the_work_changes_a_bit(
+    each_target, machine, group, half, window, length, neighbour, data
+) -> None:
+    case = Case.random(shape_of(2, group, 32, window), half, [length, neighbour], length)
+    (whole,) = case.compute(machine, each_target, [(0, 0, length)], threads=1)
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
+    chunks = list(zip([0, *cuts], [*cuts, length], strict=True))
+    for i, (a, b) in enumerate(chunks):
+        parts = [(0, a, b)] if i % 2 else [(1, 0, neighbour), (0, a, b)]
+        got = case.compute(
+            machine,
+            each_target,
+            parts,
+            threads=data.draw(st.integers(1, 3)),
+            page_tokens=data.draw(st.sampled_from([16, 48, 64, 128])),
+            seed=i,
+            tiles_at_once=data.draw(st.integers(0, 2)),
+        )[-1]
+        assert same_bits(got, whole[a:b])
+
+
+def test_a_long_sequence_token_by_token(each_target, machine) -> None:
+    case = Case.random(shape_of(1, 3, 16), True, [150], 1)
+    (whole,) = case.compute(machine, each_target, [(0, 0, 150)])
+    for t in range(0, 150, 7):
+        (one,) = case.compute(machine, each_target, [(0, t, t + 1)], seed=t)
+        assert same_bits(one, whole[t : t + 1])
+
+
+def test_more_heads_than_a_tile_has_rows(machine, each_target) -> None:
+    case = Case.random(shape_of(1, 41, 16), True, [9], 2)
+    (got,) = case.compute(machine, each_target, [(0, 0, 9)])
+    np.testing.assert_allclose(got, case.formula(0), rtol=0, atol=5e-6)
+
+
+def test_tiles_cover_every_token_once_and_begin_with_the_heaviest() -> None:
+    positions = np.concatenate([np.arange(100), np.arange(7, 8), np.arange(500, 540)]).astype(np.int32)
+    slots = np.repeat([0, 1, 2], [100, 1, 40]).astype(np.int32)
+    out = np.zeros((141, 4), np.int32)
+    count, cost = attention.tile(positions, slots, 2, 0, out)
+    tiles = out[:count]
+    covered = np.concatenate([np.arange(first, first + n) for first, n, _, _ in tiles])
+    assert sorted(covered) == list(range(141))
+    assert np.all(np.diff(cost) <= 0)
+    for (first, n, low, high), c in zip(tiles, cost, strict=True):
+        assert len(set(slots[first : first + n])) == 1
+        assert (low, high) == (positions[first], positions[first + n - 1])
+        assert c == (high + 1) * n * 2
+
+
+def test_positions_that_do_not_ascend_are_refused() -> None:
+    slots = np.zeros(3, np.int32)
+    for positions in ([0, 1, 1], [2, 1, 3]):
+        with pytest.raises(KernelError, match="ascend"):
+            attention.tile(np.array(positions, np.int32), slots, 1, 0, np.zeros((3, 4), np.int32))
+
+
+def test_shapes_that_do_not_fit_are_refused(machine) -> None:
+    shape = shape_of(1, 2, 16)
+    capacity = Capacity(tokens=4)
+    cache, tables, header = KVCache(shape, 1, capacity), StepTables.of(shape, capacity), StepHeader()
+    memory = attention.scratch(cache, 2)
+
+    def region(rows: int, width: int):
+        return machine.region(np.zeros((rows, width), np.float32), rows)
+
+    attention.bind(region(4, 32), region(4, 32), tables, header, cache, 0, memory, 2)
+    for q, out, layer, threads in (
+        (region(4, 31), region(4, 31), 0, 2),
+        (region(4, 32), region(3, 32), 0, 2),
+        (region(5, 32), region(5, 32), 0, 2),
+        (region(4, 32), region(4, 32), 1, 2),
+        (region(4, 32), region(4, 32), 0, 3),
+    ):
+        with pytest.raises(KernelError):
+            attention.bind(q, out, tables, header, cache, layer, memory, threads)
+    odd = KVCache(shape_of(1, 2, 24), 1, capacity)
+    with pytest.raises(KernelError, match="24 channels; possible"):
+        attention.bind(region(4, 48), region(4, 48), tables, header, odd, 0, memory, 2)
