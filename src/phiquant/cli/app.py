@@ -63,6 +63,10 @@ def command(verb: str) -> Any:
             return function(**arguments)
         except BrokenPipeError:
             raise OutputClosed from None  # typer would end the process with status 1
+        except SystemExit as error:
+            if isinstance(error.__context__, BrokenPipeError):  # as rich ends it
+                raise OutputClosed from None
+            raise
 
     app.command(name=verb, help=function.__doc__, context_settings={"help_option_names": ["-h", "--help"]})(body)
     return typer.main.get_command(app)
