@@ -56,7 +56,8 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """The next step: whoever is generating gets a token, then prompts fill what room is left; may be empty."""
         while self.waiting and len(self.running) < self._capacity.sequences:
-            self._admit(self.waiting.popleft())
+            self.running.append(self.waiting.popleft())
+            self._begin(self.running[-1])
         for sequence in self.running:
             self._cross_border(sequence)
         tokens, outputs = self._capacity.tokens, self._capacity.outputs
@@ -83,15 +84,14 @@ class Scheduler:
             self._cache.record(sequence.table, sequence.ids, chunk.start, chunk.stop)
             sequence.computed = chunk.stop
 
-    def _admit(self, sequence: Sequence) -> None:
-        """Begin, with whatever the cache knows of it; where all logits are wanted, all must be computed."""
+    def _begin(self, sequence: Sequence) -> None:
+        """Start with whatever the cache knows of it; where all logits are wanted, all must be computed."""
         regime = self._rope.regime(len(sequence.ids))
         known = sequence.ids[:1] if sequence.wants_all_logits else sequence.ids
         sequence.table, sequence.computed = self._cache.adopt(known, regime.value.encode())
         if len(sequence.ids) == sequence.prompt_length:
             sequence.shared = sequence.computed
         self._regimes[sequence] = regime
-        self.running.append(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
         if sequence.table is not None:
@@ -102,10 +102,8 @@ class Scheduler:
     def _cross_border(self, sequence: Sequence) -> None:
         """A sequence that has outgrown the short factors begins again with the long ones: all its keys have changed."""
         if self._regimes[sequence] is not self._rope.regime(len(sequence.ids)):
-            place = self.running.index(sequence)
             self._vacate(sequence)
-            self._admit(sequence)
-            self.running.insert(place, self.running.pop())
+            self._begin(sequence)
 
     def _make_room(self, sequence: Sequence, count: int, planned: list[Sequence]) -> bool:
         """Pages for `count` more tokens, taken from the youngest if need be; False if it must wait for the others.
