@@ -1,0 +1,363 @@
+"""The CPU backend as a whole: small models against the reference backend, and life with an Executable."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from phiquant import quants
+from phiquant.errors import ContextError, KernelError, TokenError, UnsupportedError
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels import ops
+from phiquant.kernels.cpu import backend as backend_module
+from phiquant.kernels.cpu.backend import CpuBackend, CpuExecutable
+from phiquant.kernels.cpu.describe import describe
+from phiquant.kernels.cpu.operation import Arguments
+from phiquant.kernels.cpu.target import host
+from phiquant.kernels.reference import ReferenceBackend
+from phiquant.kernels.select import select
+
+pytestmark = pytest.mark.cpu
+
+CAPACITY = ops.Capacity(tokens=90, outputs=90, sequences=2, pages=16, page_tokens=32, pages_per_sequence=8, threads=2)
+
+
+def weight(name: str, shape: tuple[int, ...], type: GGMLType, seed: int, spread: float = 1.0) -> ops.Weight:
+    values = np.random.default_rng(seed).standard_normal(shape) * spread / np.sqrt(shape[-1])
+    data = quants.quantize(values.astype(np.float32), type)
+    return ops.Weight(name, type, shape, np.ascontiguousarray(data).view(np.uint8).reshape(-1))
+
+
+def model(
+    type: GGMLType = GGMLType.F32,
+    shape: ops.AttentionShape | None = None,
+    layers: int = 2,
+    vocabulary: int = 101,
+    width: int = 256,
+    tied: bool = True,
+) -> ops.Program:
+    a = shape or ops.AttentionShape(4, 2, 64, 48, 0.125)
+    r, f32 = ops.Recorder(a, layers), GGMLType.F32
+    hidden = 256
+    x, h, qkv = r.buffer("x", width), r.buffer("h", width), r.buffer("qkv", a.q_width + 2 * a.kv_width)
+    q, attended, up, gated = (
+        r.buffer(n, w) for n, w in (("q", a.q_width), ("o", a.q_width), ("u", 2 * hidden), ("g", hidden))
+    )
+    last, normed = r.buffer("last", width, "outputs"), r.buffer("normed", width, "outputs")
+    logits = r.buffer("logits", vocabulary, "outputs")
+    embedding = weight("token_embd", (vocabulary, width), type, 0, 16.0)
+    r.embed(embedding, x)
+    for i in range(layers):
+        r.rms_norm(x, weight("attn_norm", (width,), f32, 1, 16.0), 1e-5, h)
+        r.matmul(weight("attn_qkv", (qkv.width, width), type, 10 * i + 2), h, qkv)
+        r.rotate_store(qkv, i, q)
+        r.attention(q, i, attended)
+        r.matmul(weight("attn_output", (width, a.q_width), type, 10 * i + 3), attended, x, add=True)
+        r.rms_norm(x, weight("ffn_norm", (width,), f32, 4, 16.0), 1e-5, h)
+        r.matmul(weight("ffn_up", (2 * hidden, width), type, 10 * i + 5), h, up)
+        r.swiglu(up, gated)
+        r.matmul(weight("ffn_down", (width, hidden), type, 10 * i + 6), gated, x, add=True)
+    r.select(x, last)
+    r.rms_norm(last, weight("output_norm", (width,), f32, 7, 16.0), 1e-5, normed)
+    head = embedding if tied else weight("output", (vocabulary, width), type, 8)
+    r.matmul(head, normed, logits)
+    return r.finish(logits)
+
+
+def step(
+    program: ops.Program,
+    parts: list[tuple[int, int, int]],
+    outputs: list[int] | None = None,
+    capacity: ops.Capacity = CAPACITY,
+) -> ops.Step:
+    """Parts (sequence, from, to); the sequence decides token ids and pages."""
+    positions = np.concatenate([np.arange(a, b) for _, a, b in parts]).astype(np.int32)
+    sequences = np.concatenate([np.full(b - a, s) for s, a, b in parts])
+    angles = positions[:, None] / 100 ** (np.arange(program.attention.rotary // 2) / 24)
+    table = np.arange(capacity.pages, dtype=np.int32).reshape(-1, capacity.pages_per_sequence)[:, ::-1]
+    return ops.Step(
+        tokens=((positions * 7 + sequences * 31) % program.vocab_size).astype(np.int32),
+        positions=positions,
+        slots=np.concatenate([np.full(b - a, i) for i, (_, a, b) in enumerate(parts)]).astype(np.int32),
+        pages=np.ascontiguousarray(table[[s for s, _, _ in parts]]),
+        cos=np.cos(angles).astype(np.float32),
+        sin=np.sin(angles).astype(np.float32),
+        outputs=np.array(range(len(positions)) if outputs is None else outputs, np.int32),
+    )
+
+
+def prepare(program: ops.Program, **changes: Any) -> CpuExecutable:
+    return CpuBackend().prepare(program, dataclasses.replace(CAPACITY, **changes))
+
+
+def bits(x: NDArray[np.float32]) -> NDArray[np.int32]:
+    return x.copy().view(np.int32)
+
+
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_logits_equal_those_of_the_reference(name: str) -> None:
+    program, type = model(GGMLType[name], layers=1), GGMLType[name]
+    capacity = dataclasses.replace(CAPACITY, cache_type=GGMLType.F32)
+    reference = ReferenceBackend().prepare(program, capacity)
+    executable = CpuBackend().prepare(program, capacity)
+    for parts in ([(0, 0, 40), (1, 0, 33)], [(1, 33, 34), (0, 40, 41)]):
+        expected = reference.run(step(program, parts))
+        error = np.abs(executable.run(step(program, parts)) - expected).max(axis=1) / np.abs(expected).max()
+        assert np.median(error) < 4e-6
+        # Where activations are rounded to 8 bits, one that lies between two levels may fall to either side.
+        assert error.max() < (0.02 if type.is_quantized else 2e-5)
+    executable.close()
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_chunks_threads_and_neighbours_change_no_bit(window: int) -> None:
+    program = model(GGMLType.Q4_K, ops.AttentionShape(8, 2, 32, 32, 0.2, window))
+    executable = prepare(program, threads=1)
+    whole = bits(executable.run(step(program, [(0, 0, 70)])))
+    executable.close()
+    for threads in (1, 2, 3):
+        executable = prepare(program, threads=threads)
+        done: list[NDArray[np.int32]] = []
+        for parts in ([(0, 0, 1)], [(1, 0, 9), (0, 1, 30)], [(0, 30, 31), (1, 9, 10)], [(0, 31, 70)]):
+            logits = bits(executable.run(step(program, parts)))
+            begin = sum(b - a for s, a, b in parts[: [s for s, _, _ in parts].index(0)])
+            length = next(b - a for s, a, b in parts if s == 0)
+            done.append(logits[begin : begin + length])
+        executable.close()
+        assert np.array_equal(np.concatenate(done), whole)
+
+
+def test_only_the_outputs_asked_for_are_given() -> None:
+    program = model()
+    executable = prepare(program)
+    everything = executable.run(step(program, [(0, 0, 20)])).copy()
+    assert executable.run(step(program, [(0, 0, 20)], [])).shape == (0, 101)
+    picked = executable.run(step(program, [(0, 0, 20)], [19, 3]))
+    assert np.array_equal(picked, everything[[19, 3]])
+    executable.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_matrix_that_is_used_twice_is_packed_once(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    packed: list[str] = []
+    real = backend_module.matmul.prepare
+
+    def prepare_counted(w: ops.Weight, **options: Any) -> Any:
+        packed.append(w.name)
+        return real(w, **options)
+
+    program = model(tied=tied, layers=1)
+    r = ops.Recorder(program.attention, 1)
+    x, y, logits = r.buffer("x", 256), r.buffer("y", 256), r.buffer("logits", 256, "outputs")
+    picked = r.buffer("picked", 256, "outputs")
+    square = weight("square", (256, 256), GGMLType.F32, 1)
+    r.embed(weight("token_embd", (256, 256), GGMLType.F32, 2), x)
+    r.matmul(square, x, y)
+    r.select(y, picked)
+    r.matmul(square, picked, logits)
+    monkeypatch.setattr(backend_module.matmul, "prepare", prepare_counted)
+    twice = r.finish(logits)
+    executable = prepare(twice)
+    assert packed == ["square"]
+    expected = ReferenceBackend().prepare(twice, CAPACITY).run(step(twice, [(0, 0, 5)]))
+    assert np.allclose(executable.run(step(twice, [(0, 0, 5)])), expected, atol=1e-5)
+    executable.close()
+
+
+def test_a_page_is_copied_in_all_layers() -> None:
+    program = model()
+    executable = prepare(program)
+    executable.run(step(program, [(0, 0, 40)]))
+    following = step(program, [(0, 40, 41)])
+    expected = bits(executable.run(following))
+    moved = following.pages.copy()
+    for i in (0, 1):
+        moved[0, i] = i  # of the other sequence, whose pages are 15 and down
+        executable.copy_page(int(following.pages[0, i]), i + 8)
+        moved[0, i] = i + 8
+    assert np.array_equal(bits(executable.run(dataclasses.replace(following, pages=moved))), expected)
+    for source, target in ((-1, 0), (0, 16)):
+        with pytest.raises(KernelError, match="16 pages"):
+            executable.copy_page(source, target)
+    executable.close()
+
+
+def test_steps_that_reach_beyond_their_room_are_refused() -> None:
+    program = model(layers=1)
+    executable = prepare(program)
+    good = step(program, [(0, 0, 8)])
+    expected = bits(executable.run(good))
+    bad: list[tuple[type[Exception], dict[str, Any]]] = [
+        (TokenError, {"tokens": np.full(8, 101, np.int32)}),
+        (TokenError, {"tokens": np.full(8, -1, np.int32)}),
+        (ContextError, {"positions": np.arange(250, 258, dtype=np.int32)}),
+        (ContextError, {"pages": np.full((1, 8), 16, np.int32)}),
+        (ContextError, {"slots": np.full(8, 1, np.int32)}),
+        (KernelError, {"outputs": np.full(8, 8, np.int32)}),
+        (KernelError, {"positions": np.zeros(8, np.int32)}),
+        (KernelError, {"cos": good.cos[:, 1:]}),
+    ]
+    for error, change in bad:
+        with pytest.raises(error):
+            executable.run(dataclasses.replace(good, **change))
+    with pytest.raises(ContextError):
+        executable.run(step(program, [(0, 0, 91)]))
+    assert np.array_equal(bits(executable.run(good)), expected)
+    executable.close()
+
+
+def test_long_steps_are_cut_and_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = model()
+    executable = prepare(program)
+    parts = [(0, 0, 70), (1, 0, 20)]
+    whole = bits(executable.run(step(program, parts)))
+    monkeypatch.setattr(backend_module, "_PART_SECONDS", 1e-9)
+    calls: list[int] = []
+    real = executable._team.run
+    monkeypatch.setattr(executable._team, "run", lambda part: (calls.append(len(part)), real(part)))
+    assert np.array_equal(bits(executable.run(step(program, parts))), whole)
+    assert set(calls) == {1}
+    tiles = 3 + 1 + 2  # 35 + 10 tokens of 16 rows each ...
+    assert len(calls) > len(executable._native) + tiles
+    executable.close()
+
+
+def test_cancel_ends_a_step() -> None:
+    program = model()
+    executable = prepare(program)
+    executable.cancel()  # nothing runs: means nothing
+    long, stop = step(program, [(0, 0, 90)]), threading.Event()
+    outcomes: list[str] = []
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                executable.run(long)
+            except KernelError as error:
+                outcomes.append(str(error))
+                return
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    deadline = time.monotonic() + 30
+    while worker.is_alive() and time.monotonic() < deadline:
+        executable.cancel()
+        time.sleep(0.0005)
+    stop.set()
+    worker.join()
+    assert outcomes == ["the step was cancelled"]
+    assert np.isfinite(executable.run(long)).all()
+    executable.close()
+    with pytest.raises(KernelError, match="closed"):
+        executable.run(long)
+
+
+def test_several_threads_may_share_an_executable() -> None:
+    program = model(layers=1)
+    executable = prepare(program)
+    wanted = [bits(executable.run(step(program, [(s, 0, 30)]))) for s in (0, 1)]
+    wrong: list[int] = []
+
+    def work(s: int) -> None:
+        for _ in range(20):
+            try:
+                executable.run(step(program, [(s, 0, 30)]))
+            except Exception:
+                wrong.append(s)
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    for s in (0, 1):
+        assert np.array_equal(bits(executable.run(step(program, [(s, 0, 30)]))), wanted[s])
+    executable.close()
+
+
+def test_progress_is_told_when_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    script = """
+from phiquant.kernels.cpu.describe import describe
+from phiquant.kernels.select import select
+import test_kernels_backend as t
+said = []
+for _ in range(2):
+    select("auto", said.append).prepare(t.model(layers=1), t.CAPACITY).close()
+print(said, describe()["kernel cache"].endswith("MB)"))
+"""
+    environment = os.environ | {
+        "PHIQUANT_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert lines == ["['compiling kernels for this processor, once'] True\n", "[] True\n"]
+
+
+@pytest.mark.parametrize("lowering", ["avx512vnni", "avxvnni", "avx2", "sse41", "neon", "generic"])
+def test_a_forced_lowering_runs_the_whole_model(lowering: str) -> None:
+    try:
+        host(lowering)
+    except KernelError as error:
+        pytest.skip(str(error))
+    script = f"""
+import numpy as np
+import test_kernels_backend as t
+from phiquant.kernels.cpu.library import _loaded
+from phiquant.kernels.reference import ReferenceBackend
+program = t.model(t.GGMLType.Q4_K)
+executable = t.prepare(program)
+s = t.step(program, [(0, 0, 40), (1, 0, 5)])
+expected = ReferenceBackend().prepare(program, t.CAPACITY).run(s)
+error = np.abs(executable.run(s) - expected).max(axis=1) / np.abs(expected).max()
+assert np.median(error) < 1e-5, error
+print({{name.rpartition(".")[2] for name in _loaded}} == {{{lowering!r}}})
+"""
+    environment = os.environ | {
+        "PHIQUANT_LOWERING": lowering,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180, env=environment)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_select_names_what_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select().name == "cpu"
+    assert select("reference").name == "reference"
+    with pytest.raises(UnsupportedError, match="'cuda'; possible are auto, cpu, reference"):
+        select("cuda")
+    monkeypatch.setenv("PHIQUANT_LOWERING", "mmx")
+    host.cache_clear()
+    try:
+        with pytest.raises(KernelError, match=r"tried the backend cpu: .*mmx.* reference"):
+            select()
+        assert "mmx" in describe()["kernels"]
+    finally:
+        host.cache_clear()
+
+
+def test_describe_names_the_lowering() -> None:
+    facts = describe()
+    assert facts["lowering"] == host().lowering
+    assert int(facts["threads"]) >= 1
+
+
+def test_argument_blocks_are_complete_or_refused() -> None:
+    with pytest.raises(KernelError, match="given for a block"):
+        Arguments("x", "y").pack(x=1)
