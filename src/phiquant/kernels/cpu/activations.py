@@ -20,9 +20,10 @@ from .emit import F32, I8, I16, I32, Emitter, Value, vec
 from .operation import Arguments
 from .simd import concatenate, dot_quads, nearest_int, reduce
 
-__all__ = ["ARGUMENTS", "CHUNK", "Activations", "body", "chunk_stride", "tickets"]
+__all__ = ["ARGUMENTS", "CHUNK", "PADDING", "Activations", "body", "chunk_stride", "tickets"]
 
 CHUNK = 256  # values of a row that are handled together
+PADDING = 12  # rows are padded to a multiple of this, which every tile divides, so that tiles may read beyond the last
 _UNITS = 16  # chunks to a ticket
 _TINY = 1e-36  # below this 127 / amax overflows; such a group is rounded to zeros
 
@@ -70,9 +71,9 @@ class Activations:
         return -(-(self.sums_offset + size * (CHUNK // self.span)) // 16) * 16
 
 
-def chunk_stride(count: Value, tile: int, form: Activations) -> Value:
-    """Bytes between consecutive chunks of a row when a step has `count` rows, padded to whole tiles."""
-    return (count + (tile - 1)).udiv(tile) * (tile * form.stride)
+def chunk_stride(count: Value, form: Activations) -> Value:
+    """Bytes between consecutive chunks of a row when a step has `count` rows."""
+    return (count + (PADDING - 1)).udiv(PADDING) * (PADDING * form.stride)
 
 
 def tickets(e: Emitter, counter: Value, total: Value, work: Callable[[Value], None]) -> None:
@@ -83,14 +84,14 @@ def tickets(e: Emitter, counter: Value, total: Value, work: Callable[[Value], No
         work(taken)
 
 
-def body(form: Activations, tile: int) -> Callable[..., None]:
+def body(form: Activations) -> Callable[..., None]:
     """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in."""
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         count_at, x, out, columns = ARGUMENTS.read_all(e, block)
         count = e.load(count_at, x.type, align=8)
         chunks = (columns + (CHUNK - 1)).udiv(CHUNK)
-        between = chunk_stride(count, tile, form)
+        between = chunk_stride(count, form)
         units = count * chunks
 
         def work(ticket: Value) -> None:

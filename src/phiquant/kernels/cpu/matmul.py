@@ -4,8 +4,8 @@
     scratch = numpy.empty(scratch_bytes(packed, rows), numpy.uint8)
     operations = bind(packed, x, out, add=False, scratch=scratch, threads=2)
 
-The operations run one after the other, each by all threads of the team: the first brings the activations of the step into
-`scratch`, rounded to 8 bits for quantized weights; the second multiplies.
+The operations run one after the other, each by all threads of the team: the first brings the activations of the step
+into `scratch`, rounded to 8 bits for quantized weights; the second multiplies.
 """
 
 from __future__ import annotations
@@ -82,15 +82,20 @@ def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None) -
     target = target or host()
     f = FORMATS[weight.type]
     data = np.ascontiguousarray(weight.data)
-    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads)
+    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or _processors())
     return Packed(weight.name, weight.type, weight.rows, weight.columns, packed, target)
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def scratch_bytes(packed: Packed, rows: int) -> int:
     """Bytes of scratch memory that `bind` needs for steps of up to `rows` rows."""
-    tile, chunks = packed.format.tile(packed.target), -(-packed.columns // activations.CHUNK)
-    return -(-rows // tile) * tile * chunks * packed.format.activations.stride
+    chunks, padding = -(-packed.columns // activations.CHUNK), activations.PADDING
+    return -(-rows // padding) * padding * chunks * packed.format.activations.stride
 
 
 def bind(
@@ -123,8 +128,8 @@ def bind(
     for holds, complaint in fits:
         if not holds:
             raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
-    tile, form, panel_bytes = f.tile(target), f.activations, f.panel_bytes(packed.columns)
-    rounding = function(f"activations.{form.name}.{tile}", 4, activations.body(form, tile), target)
+    form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
+    rounding = function(f"activations.{form.name}", 4, activations.body(form), target)
     multiply = function(f"matmul.{packed.type.name}", 4, matmul_tiles.body(f, target), target)
     first = activations.ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=packed.columns)
     panels = -(-packed.rows // LANES)

@@ -1,7 +1,7 @@
 """Matrix multiplication with quantized weights: what all block formats share.
 
-A sub-block is the 16 or 32 weights of a row that have one scale. Its dot product with the rounded activations is an exact
-integer; only what happens to that integer is floating-point, and the same in both ways through a panel:
+A sub-block is the 16 or 32 weights of a row that have one scale. Its dot product with the rounded activations is an
+exact integer; only what happens to that integer is floating-point, and the same in both ways through a panel:
 
     K-quants     v  = -(dmin * mins), or 0         begin, once in 256 weights; mins: an integer, minimums times sums
                  v  = fma(dot, scale, v)            for each sub-block; scale = d * integer scale, exact in float32
@@ -25,7 +25,7 @@ from abc import abstractmethod
 
 from .activations import CHUNK
 from .emit import F32, I8, I16, I32, Emitter, Value, vec
-from .matmul_tiles import LANES, Floats, Format
+from .matmul_tiles import LANES, Floats, Format, multiply_add
 from .simd import dot_pairs, dot_quads, half_to_float
 
 __all__ = ["BlockFormat", "halves", "nibbles"]
@@ -102,15 +102,17 @@ class BlockFormat(Format):
 
     def _apply(self, e: Emitter, x: Value, sub: Value, v: Value, dot: Value, scale: Value, low: Value | None) -> Value:
         if self.chunked:
-            return e.fma(dot.to_float(), scale, v)
+            return multiply_add(e, dot.to_float(), scale, v)
         unit = e.load(x + self.activations.scale_offset + sub * 4, F32)
-        v = e.fma(dot.to_float(), scale * unit, v)
+        v = multiply_add(e, dot.to_float(), scale * unit, v)
         if low is None:
             return v
-        return e.fma(low, e.load(x + self.activations.sums_offset + sub * 4, F32), v)
+        return multiply_add(e, low, e.splat(e.load(x + self.activations.sums_offset + sub * 4, F32), LANES), v)
 
     def _end(self, e: Emitter, x: Value, v: Value, y: Value) -> Value:
-        return e.fma(v, e.load(x + self.activations.scale_offset, F32), y) if self.chunked else v
+        if not self.chunked:
+            return v
+        return multiply_add(e, v, e.splat(e.load(x + self.activations.scale_offset, F32), LANES), y)
 
     def _start(self, e: Emitter, x: Value, sub: Value) -> Value:
         """What a dot product starts from."""
@@ -128,9 +130,11 @@ class BlockFormat(Format):
         return panels * ENTRY * (self.span // 4 + 1 + self.minimum)
 
     def unpacked_bytes(self, panels: int) -> int:
+        """Bytes of an unpacked chunk."""
         return CHUNK // self.span * self._sub_bytes(panels) + panels * ENTRY * (self.pairs + 1)
 
     def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> None:
+        """Emit the unpacking of a chunk."""
         panels, quads = len(chunks), self.span // 4
         sub_bytes = self._sub_bytes(panels)
         mins_at = scratch + CHUNK // self.span * sub_bytes
@@ -152,6 +156,7 @@ class BlockFormat(Format):
                 e.store(dmin, mins_at + (panels * self.pairs + p) * ENTRY, align=ENTRY)
 
     def many(self, e: Emitter, scratch: Value, x: list[Value], sums: Floats, left: Value) -> Floats:
+        """Emit a tile over an unpacked chunk."""
         panels, quads = len(sums), self.span // 4
         sub_bytes = self._sub_bytes(panels)
         mins_at = scratch + CHUNK // self.span * sub_bytes
@@ -188,6 +193,7 @@ class BlockFormat(Format):
     # -- through panels as they are stored ----------------------------------------------------------------------------
 
     def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
+        """Emit a tile over a chunk as it is stored."""
         for line in range(0, self.chunk_bytes, 64):
             e.prefetch(chunk + self.chunk_bytes + line)
         mins, dmin = self.mins(e, chunk) if self.pairs else ([], None)

@@ -1,14 +1,14 @@
 """Matrix multiplication with F32, F16 and BF16 weights, widened to float32 and accumulated with FMA.
 
-A panel is [columns][16 rows]. For every element the products of a chunk of 256 are chained in order of k from zero, and the
-chunks' totals are added in order: the same for any tile, and more exact than one long chain.
+A panel is [columns][16 rows]. For every element the products of a chunk of 256 are chained in order of k from zero, and
+the chunks' totals are added in order: the same for any tile, and more exact than one long chain.
 """
 
 from __future__ import annotations
 
 from .activations import CHUNK, Activations
 from .emit import F32, I16, I32, Emitter, Value, vec
-from .matmul_tiles import LANES, Floats, Format
+from .matmul_tiles import LANES, Floats, Format, multiply_add
 from .simd import bfloat_to_float, half_to_float
 from .target import Target
 
@@ -35,12 +35,15 @@ class FloatFormat(Format):
         self.chunk_bytes = CHUNK * LANES * self.size
 
     def panel_bytes(self, columns: int) -> int:
+        """Bytes of 16 rows."""
         return columns * LANES * self.size
 
     def tile(self, target: Target) -> int:
+        """Columns of a tile for many columns."""
         return 12 if target.vector_bytes == 64 else 4 if target.vector_bytes == 32 else 2
 
     def pack(self, e: Emitter, rows: list[Value], panel: Value, columns: Value) -> None:
+        """Emit the interleaving of 16 rows."""
         if self.kind == "float":
             with e.loop(0, columns) as k:
                 e.store(gather(e, rows, k * 4, I32), panel + k * (4 * LANES))
@@ -60,15 +63,18 @@ class FloatFormat(Format):
         return half_to_float(e, bits) if self.kind == "half" else bfloat_to_float(e, bits)
 
     def unpacked_bytes(self, panels: int) -> int:
+        """Bytes of an unpacked chunk."""
         return panels * CHUNK * LANES * 4
 
     def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> None:
+        """Emit the unpacking of a chunk."""
         with e.loop(0, left) as k:
             for p, chunk in enumerate(chunks):
                 to = scratch + (k * len(chunks) + p) * (4 * LANES)
                 e.store(self._widened(e, chunk + k * (LANES * self.size)), to, align=64)
 
     def many(self, e: Emitter, scratch: Value, x: list[Value], sums: Floats, left: Value) -> Floats:
+        """Emit a tile over an unpacked chunk."""
         panels = len(sums)
 
         def weights(k: Value) -> list[Value]:
@@ -79,6 +85,8 @@ class FloatFormat(Format):
         return [[s + t for s, t in zip(*lines, strict=True)] for lines in zip(sums, totals, strict=True)]
 
     def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
+        """Emit a tile over a chunk as it is stored."""
+
         def weights(k: Value) -> list[Value]:
             at = chunk + k * (LANES * self.size)
             e.prefetch(at + 4096)
@@ -97,7 +105,7 @@ class FloatFormat(Format):
             for c, column in enumerate(x):
                 value = e.splat(e.load(column + (k + ahead) * 4, F32), LANES)
                 for p in range(panels):
-                    sums[p][c].set(e.fma(w[p], value, sums[p][c].get()))
+                    sums[p][c].set(multiply_add(e, w[p], value, sums[p][c].get()))
 
         whole = left & ~(_STEP - 1)
         with e.loop(0, whole, _STEP) as k:

@@ -26,9 +26,11 @@ class KFormat(BlockFormat):
     block_bytes: int  # of a row in the file
 
     def panel_bytes(self, columns: int) -> int:
+        """Bytes of 16 rows."""
         return columns // CHUNK * self.chunk_bytes
 
     def pack(self, e: Emitter, rows: list[Value], panel: Value, columns: Value) -> None:
+        """Emit the interleaving of 16 rows."""
         with e.loop(0, columns.udiv(CHUNK)) as i:
             self.pack_block(e, [r + i * self.block_bytes for r in rows], panel + i * self.chunk_bytes)
 
@@ -63,6 +65,7 @@ class _Signed(KFormat):
         self.activations = Activations(CHUNK, 16, "start", centre)
 
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
+        """Scales of the sub-blocks of a run."""
         d = halves(e, chunk)
         at = chunk + run * (8 * LANES) + 32
         return [d * _integer_scale(e, at + s * LANES, signed=True) for s in range(8)]
@@ -77,6 +80,7 @@ class Q6K(_Signed):
         super().__init__(32, 64)
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
+        """Interleave one super-block of 16 rows."""
         e.store(gather(e, rows, 208, I16), chunk)
         for i in range(4):
             for j, byte in enumerate(_bytes(gather(e, rows, 192 + 4 * i, I32))):
@@ -85,6 +89,7 @@ class Q6K(_Signed):
         _words(e, rows, 128, chunk, 2336, 16)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
+        """Levels of the sub-blocks of a run."""
         low_at, high_at = chunk + run * (16 * ENTRY) + 288, chunk + run * (8 * ENTRY) + 2336
         low = [e.load(low_at + i * ENTRY, LEVELS) for i in range(16)]
         high = [e.load(high_at + i * ENTRY, LEVELS) for i in range(8)]
@@ -107,6 +112,7 @@ class Q3K(_Signed):
         super().__init__(4, 8)
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
+        """Interleave one super-block of 16 rows."""
         e.store(gather(e, rows, 108, I16), chunk)
         words = [gather(e, rows, 96 + 4 * i, I32) for i in range(3)]
         tops = _bytes(words[2])
@@ -118,6 +124,7 @@ class Q3K(_Signed):
         _words(e, rows, 0, chunk, 1312, 8)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
+        """Levels of the sub-blocks of a run."""
         at = chunk + run * (8 * ENTRY) + 288
         low = [e.load(at + i * ENTRY, LEVELS) for i in range(8)]
         # Bits 4 run ... 4 run + 3 of the masks belong to this half.
@@ -148,6 +155,7 @@ class Q4K(KFormat):
         self.below = 32 if five else 16
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
+        """Interleave one super-block of 16 rows."""
         both = gather(e, rows, 0, I32)
         e.store(both.trunc(I16), chunk)
         e.store(both.lsr(16).trunc(I16), chunk + 32)
@@ -163,6 +171,7 @@ class Q4K(KFormat):
             _words(e, rows, 16, chunk, 2368, 8)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
+        """Levels of the sub-blocks of a run."""
         at = chunk + run * (8 * ENTRY) + 320
         low, high = [], []
         for i in range(8):
@@ -176,10 +185,12 @@ class Q4K(KFormat):
         return [low, high]
 
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
+        """Scales of the sub-blocks of a run."""
         d, at = halves(e, chunk), chunk + run * (2 * LANES) + 64
         return [d * _integer_scale(e, at + s * LANES, signed=False) for s in range(2)]
 
     def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
+        """Pairs of integer minimums and their unit."""
         at = chunk + 192
         pairs = [e.load(at + j * 2 * LANES, vec(I8, 2 * LANES)).zext(I16) for j in range(4)]
         return pairs, halves(e, chunk + 32)
@@ -193,6 +204,7 @@ class Q2K(KFormat):
     activations = Activations(CHUNK, 16, "pairs")
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
+        """Interleave one super-block of 16 rows."""
         both = gather(e, rows, 80, I32)
         e.store(both.trunc(I16), chunk)
         e.store(both.lsr(16).trunc(I16), chunk + 32)
@@ -203,6 +215,7 @@ class Q2K(KFormat):
         _words(e, rows, 16, chunk, 320, 16)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
+        """Levels of the sub-blocks of a run."""
         at = chunk + run * (8 * ENTRY) + 320
         packed = [e.load(at + i * ENTRY, LEVELS) for i in range(8)]
         subs = []
@@ -212,11 +225,13 @@ class Q2K(KFormat):
         return subs
 
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
+        """Scales of the sub-blocks of a run."""
         d, at = halves(e, chunk), chunk + run * (8 * LANES) + 64
         words = [e.load(at + i * 2 * LANES, vec(I16, LANES)) for i in range(4)]
         return [d * (words[s // 2].lsr(8 * (s % 2)) & 15).zext(I32).to_float() for s in range(8)]
 
     def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
+        """Pairs of integer minimums and their unit."""
         at = chunk + 64
         pairs = [nibbles(e.load(at + j * 2 * LANES, vec(I8, 2 * LANES)))[1].zext(I16) for j in range(8)]
         return pairs, halves(e, chunk + 32)

@@ -35,9 +35,11 @@ class LegacyFormat(BlockFormat):
         self.chunk_bytes = CHUNK // BLOCK * LANES * self.block_bytes
 
     def panel_bytes(self, columns: int) -> int:
+        """Bytes of 16 rows."""
         return columns // BLOCK * LANES * self.block_bytes
 
     def pack(self, e: Emitter, rows: list[Value], panel: Value, columns: Value) -> None:
+        """Emit the interleaving of 16 rows."""
         with e.loop(0, columns.udiv(BLOCK)) as i:
             here, to = [r + i * self.block_bytes for r in rows], panel + i * (LANES * self.block_bytes)
             for j in range(self.head // 2):
@@ -54,6 +56,7 @@ class LegacyFormat(BlockFormat):
         return chunk + run * (LANES * self.block_bytes)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
+        """Levels of the sub-blocks of a run."""
         at = self._block(chunk, run) + self.head * LANES
         if self.bits == 8:
             return [[e.load(at + j * ENTRY, LEVELS) for j in range(8)]]
@@ -66,9 +69,11 @@ class LegacyFormat(BlockFormat):
         return [quads]
 
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
+        """Scales of the sub-blocks of a run."""
         return [halves(e, self._block(chunk, run))]
 
     def minimums(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
+        """Minimums of the blocks of a run."""
         return [halves(e, self._block(chunk, run) + 2 * LANES)]
 
 

@@ -19,15 +19,20 @@ from .emit import F32, I64, Emitter, Value, vec
 from .operation import Arguments
 from .target import Target
 
-__all__ = ["ARGUMENTS", "LANES", "Format", "body"]
+__all__ = ["ARGUMENTS", "LANES", "Floats", "Format", "body", "multiply_add"]
 
 LANES = 16  # rows of a panel
-FEW = 4  # up to so many columns the weights are not unpacked to memory
-BLOCK = 96  # columns that share an unpacked chunk; a multiple of every tile
+FEW = 8  # up to so many columns the weights are not unpacked to memory
+BLOCK = 132  # most columns that share an unpacked chunk; a multiple of every tile
 
 ARGUMENTS = Arguments("count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add")
 
 Floats = list[list[Value]]  # [panel][column] of float32 × 16
+
+
+def multiply_add(e: Emitter, a: Value, b: Value, c: Value) -> Value:
+    """a * b + c with one rounding, or with two where the processor has no such instruction (a call for each lane)."""
+    return a * b + c if e.target.lowering in ("sse41", "generic") else e.fma(a, b, c)
 
 
 class Format(ABC):
@@ -75,12 +80,11 @@ class Format(ABC):
 
 def body(f: Format, target: Target) -> Callable[..., None]:
     """The kernel of a format: out [count, rows] (+)= x [count, columns] times the transposed weights."""
-    tile = f.tile(target)
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         a = dict(zip(ARGUMENTS.names, ARGUMENTS.read_all(e, block), strict=True))
         count = e.load(a["count"], I64, align=8)
-        a["between"] = chunk_stride(count, tile, f.activations)
+        a["between"] = chunk_stride(count, f.activations)
         a["chunks"] = (a["columns"] + (CHUNK - 1)).udiv(CHUNK)
         a["panels"] = (a["rows"] + (LANES - 1)).udiv(LANES)
         a["count"] = count
@@ -95,12 +99,13 @@ def body(f: Format, target: Target) -> Callable[..., None]:
 
 def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
     wide, count = f.few_tile(e.target), a["count"]
-    edge = e.scratch(4 * LANES)
+    edge = e.scratch(4 * LANES * wide)
 
     def work(ticket: Value) -> None:
         first = ticket * a["ticket"]
         with e.loop(first, e.min(first + a["ticket"], a["panels"])) as panel:
-            whole = count.udiv(wide) * wide
+            # Two columns and more are worth a wide tile, which computes but does not write what is beyond the last.
+            whole = (count + (wide - 2)).udiv(wide) * wide
             with e.loop(0, whole, wide) as column:
                 _few_tile(e, f, a, panel, column, wide, edge)
             with e.loop(whole, count) as column:
@@ -123,8 +128,9 @@ def _few_tile(e: Emitter, f: Format, a: dict[str, Value], panel: Value, column: 
         for s, v in zip(sums, got, strict=True):
             s.set(v)
     for c, s in enumerate(sums):
-        e.store(s.get(), edge)
-        _write(e, a, edge, panel, column + c)
+        e.store(s.get(), edge + c * (4 * LANES), align=64)
+    with e.loop(0, e.min(a["count"] - column, n)) as c:
+        _write(e, a, edge + c * (4 * LANES), panel, column + c)
 
 
 def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
@@ -133,11 +139,14 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
     total = e.scratch(4 * LANES * panels * BLOCK)  # [column][panel][16]
     tile_bytes, column_bytes = 4 * LANES * panels * tile, 4 * LANES * panels
     groups = (a["panels"] + (panels - 1)).udiv(panels)
+    # Blocks of columns of about one size, so that none is too small to be worth the unpacking.
+    blocks = (a["count"] + (BLOCK - 1)).udiv(BLOCK)
+    block_columns = (a["count"] + (blocks * tile - 1)).udiv(blocks * tile) * tile
 
     def work(ticket: Value) -> None:
         block = ticket.udiv(groups)
-        first_panel, first_column = (ticket - block * groups) * panels, block * BLOCK
-        columns = e.min(a["count"] - first_column, BLOCK)
+        first_panel, first_column = (ticket - block * groups) * panels, block * block_columns
+        columns = e.min(a["count"] - first_column, block_columns)
         tiles = (columns + (tile - 1)).udiv(tile)
         # An odd last panel is computed twice and written once.
         mine = [e.min(first_panel + p, a["panels"] - 1) for p in range(panels)]
@@ -147,7 +156,11 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
             e.store(zero, total + i, align=64)
         with e.loop(0, a["chunks"]) as chunk:
             left = e.min(a["columns"] - chunk * CHUNK, CHUNK)
-            f.unpack(e, [w + chunk * f.chunk_bytes for w in weights], scratch, left)
+            here = [w + chunk * f.chunk_bytes for w in weights]
+            f.unpack(e, here, scratch, left)
+            for at in here:
+                with e.loop(f.chunk_bytes, 2 * f.chunk_bytes, 64) as line:
+                    e.prefetch(at + line, locality=2)
             x = a["x"] + chunk * a["between"] + first_column * stride
             with e.loop(0, tiles) as t:
                 at, here = x + t * (tile * stride), total + t * tile_bytes
@@ -161,7 +174,7 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
             for p in range(panels):
                 _write(e, a, total + c * column_bytes + p * 64, first_panel + p, first_column + c)
 
-    tickets(e, counter, groups * (a["count"] + (BLOCK - 1)).udiv(BLOCK), work)
+    tickets(e, counter, groups * blocks, work)
 
 
 def _write(e: Emitter, a: dict[str, Value], source: Value, panel: Value, column: Value) -> None:

@@ -1,0 +1,206 @@
+"""Speed of matrix multiplication for every weight type: operations/s at many columns, bytes/s at one.
+
+    python benchmarks/bench_matmul.py [--types Q4_K,Q6_K] [--columns 1,8,128,512] [--threads 2] [--lowering avx2]
+
+Every figure is a median over interleaved repetitions, beside the limits of the machine measured in the same run: the
+peak of the dot product instruction (operands in registers), of FMA, and the bandwidth of reading memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cpu import matmul
+from phiquant.kernels.cpu.emit import F32, I8, I32, I64, Emitter, Value, vec
+from phiquant.kernels.cpu.library import function
+from phiquant.kernels.cpu.operation import NativeOp, Region, aligned
+from phiquant.kernels.cpu.simd import dot_quads
+from phiquant.kernels.cpu.target import Target, host
+from phiquant.kernels.ops import Weight
+
+ROWS, COLUMNS = 3072, 3072
+_SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
+_SINK = np.zeros(4096, np.float32)
+
+
+class Team:
+    """Threads that run native operations together; waiting is asleep, so only long operations are timed fairly."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.counter = threads, np.zeros(2, np.int64)
+        self.start, self.end = threading.Barrier(threads), threading.Barrier(threads)
+        self.ops: list[NativeOp] = []
+        for i in range(1, threads):
+            threading.Thread(target=self._work, args=(i,), daemon=True).start()
+
+    def _work(self, i: int) -> None:
+        while True:
+            self._share(i)
+
+    def _share(self, i: int) -> None:
+        self.start.wait()
+        for n, op in enumerate(self.ops):
+            _SIGNATURE(op.kernel)(op.block.ctypes.data, i, self.threads, self.counters[n].ctypes.data)
+            self.end.wait()
+
+    def run(self, ops: list[NativeOp]) -> float:
+        """Seconds of the last operation."""
+        self.ops, self.counters = ops, np.zeros((len(ops), 8), np.int64)
+        if self.threads == 1:
+            took = 0.0
+            for n, op in enumerate(ops):
+                t = time.perf_counter()
+                _SIGNATURE(op.kernel)(op.block.ctypes.data, 0, 1, self.counters[n].ctypes.data)
+                took = time.perf_counter() - t
+            return took
+        self.start.wait()
+        for n, op in enumerate(ops):
+            t = time.perf_counter()
+            _SIGNATURE(op.kernel)(op.block.ctypes.data, 0, self.threads, self.counters[n].ctypes.data)
+            self.end.wait()
+            took = time.perf_counter() - t
+        return took
+
+
+def peak(kind: str, target: Target) -> tuple[NativeOp, float]:
+    """An operation that computes in registers only, and its operations per thread."""
+    rounds, chains = 2_000_000, 12 if target.vector_bytes == 64 else 6
+    lanes = target.vector_bytes // 4
+
+    def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
+        element = I32 if kind == "dot" else F32
+        a = e.load(block + 8, vec(element, lanes))
+        b = e.load(block + 72, vec(element, lanes))
+        sums = [e.var(e.load(block + 8 * c, vec(element, lanes))) for c in range(chains)]
+        with e.loop(0, rounds):
+            for s in sums:
+                if kind == "dot":
+                    u, v = a.bits(vec(I8, 4 * lanes)), b.bits(vec(I8, 4 * lanes))
+                    s.set(dot_quads(e, s.get(), u, v, below=16))
+                else:
+                    s.set(e.fma(a, b, s.get()))
+        for s in sums:
+            e.store(s.get(), e.load(block, I64) + thread * 4096)
+
+    block = np.zeros(64, np.int64)
+    block[0] = _SINK.ctypes.data
+    per_instruction = 2 * lanes * (4 if kind == "dot" else 1)
+    return NativeOp(function(f"bench.{kind}", 4, body, target), block), float(rounds * chains * per_instruction)
+
+
+def reading(data: NDArray[np.uint8], target: Target) -> NativeOp:
+    """An operation that reads memory once, in tickets of a megabyte."""
+
+    def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
+        at, total = e.load(block, I64), e.load(block + 8, I64)
+        sums = [e.var(e.const(vec(I32, 16), 0)) for _ in range(4)]
+        with e.forever() as done:
+            ticket = e.atomic_add(counter, 1)
+            done(ticket >= total)
+            base = at + ticket * (1 << 20)
+            with e.loop(0, 1 << 20, 256) as i:
+                e.prefetch(base + i + 4096)
+                for j, s in enumerate(sums):
+                    s.set(s.get() + e.load(base + i + 64 * j, vec(I32, 16), align=64))
+        e.store(sums[0].get() + sums[1].get() + sums[2].get() + sums[3].get(), e.load(block + 16, I64) + thread * 4096)
+
+    block = np.array([data.ctypes.data, data.size >> 20, _SINK.ctypes.data], np.int64)
+    return NativeOp(function("bench.read", 4, body, target), block, (data,))
+
+
+def weight(kind: GGMLType, rows: int, columns: int, rng: np.random.Generator) -> Weight:
+    """Random bytes with finite scales: speed does not depend on the values."""
+    row = kind.row_bytes(columns)
+    data = rng.integers(0, 256, rows * row, np.uint8)
+    blocks = data.reshape(-1, kind.block_bytes)
+    where = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "Q4_K": [0, 2], "Q5_K": [0, 2]}
+    if kind.is_quantized:
+        for at in where.get(kind.name, [0, 2] if kind.name.endswith("_1") else [0]):
+            blocks[:, at + 1] = 0x20
+    elif kind is GGMLType.F32:
+        data = rng.standard_normal(rows * columns, np.float32).view(np.uint8)
+    else:
+        data.reshape(-1, 2)[:, 1] = 0x30
+    return Weight(kind.name, kind, (rows, columns), data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--types", default=",".join(t.name for t in matmul.FORMATS))
+    parser.add_argument("--columns", default="1,4,16,128,512")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lowering", default=None)
+    parser.add_argument("--repeat", type=int, default=7)
+    arguments = parser.parse_args()
+    target, threads, rng = host(arguments.lowering), arguments.threads, np.random.default_rng(0)
+    team, counts = Team(threads), [int(c) for c in arguments.columns.split(",")]
+    global _SINK
+    _SINK = np.zeros(1024 * (threads + 1), np.float32)
+    dot, dot_ops = peak("dot", target)
+    fma, fma_ops = peak("fma", target)
+    memory = reading(aligned(256 << 20), target)
+    memory.keep[0][:] = 1
+
+    def rate(f: Callable[[], float], amount: float) -> float:
+        return statistics.median(amount / f() for _ in range(arguments.repeat)) / 1e9
+
+    for name in arguments.types.split(","):
+        kind = GGMLType[name]
+        if kind not in matmul.FORMATS:
+            raise SystemExit(f"no kernel for {name}")
+        w = weight(kind, ROWS, COLUMNS, rng)
+        t = time.perf_counter()
+        packed = matmul.prepare(w, threads=threads, target=target)
+        t = time.perf_counter()
+        matmul.prepare(w, threads=threads, target=target)
+        line = [f"{name:5s} pack {w.data.size / (time.perf_counter() - t) / 1e9:4.1f} GB/s"]
+        line.append(f"size x {packed.data.size / w.data.size:.3f}")
+        for n in counts:
+            count = np.array([n], np.int64)
+            # One column: enough copies of the matrix that it comes from memory.
+            copies = max(1, (300 << 20) // w.data.size) if n <= 8 else 1
+            p = packed
+            if copies > 1:
+                big = Weight(name, kind, (ROWS * copies, COLUMNS), np.tile(w.data, copies))
+                p = matmul.prepare(big, threads=threads, target=target)
+                del big
+            x = rng.standard_normal((n, COLUMNS)).astype(np.float32)
+            out = np.zeros((n, p.rows), np.float32)
+            scratch = np.zeros(matmul.scratch_bytes(p, n), np.uint8)
+            regions = [Region(a, count.ctypes.data) for a in (x, out)]
+            t = time.perf_counter()
+            ops = matmul.bind(p, *regions, add=False, scratch=scratch, threads=threads)
+            compiled = time.perf_counter() - t
+            if compiled > 0.05:
+                line.append(f"compile {compiled:.2f} s")
+            team.run(ops)
+            if n <= 8:
+                figures = []
+                for _ in range(arguments.repeat):
+                    limit = memory.keep[0].size / team.run([memory]) / 1e9
+                    figures.append((p.data.size / team.run(ops) / 1e9, limit))
+                got, limit = (statistics.median(f) for f in zip(*figures, strict=True))
+                line.append(f"{n} col {got:5.1f} of {limit:5.1f} GB/s")
+            else:
+                op, amount = (dot, dot_ops) if kind.is_quantized else (fma, fma_ops)
+                figures = []
+                for _ in range(arguments.repeat):
+                    limit = amount * threads / team.run([op]) / 1e9
+                    figures.append((2.0 * n * p.rows * p.columns / team.run(ops) / 1e9, limit))
+                got, limit = (statistics.median(f) for f in zip(*figures, strict=True))
+                ratio = statistics.median(a / b for a, b in figures)
+                line.append(f"{n} col {got:5.0f} of {limit:4.0f} GOP/s ({ratio:.0%})")
+        print("; ".join(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
