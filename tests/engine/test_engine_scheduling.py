@@ -1,0 +1,244 @@
+"""Sequences through the engine, on a processor that checks every key a token may see and predicts by arithmetic."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from phiquant.engine import Engine, Sampling, Sequence
+from phiquant.errors import ContextError, KernelError, RequestError, TokenError
+from phiquant.kernels.ops import AttentionShape, Buffer, Capacity, Program, Step
+from phiquant.model import Regime
+
+VOCABULARY = 50
+GREEDY = Sampling(0)
+NONE = np.array([], np.int64)
+
+
+class TwoRegimes:
+    """Rotations that tell the regime: cos is 0 or 1."""
+
+    def __init__(self, border: int = 1 << 30) -> None:
+        self.border = border
+
+    def regime(self, length: int) -> Regime:
+        return Regime.LONG if length > self.border else Regime.SHORT
+
+    def rotation(self, positions: NDArray[np.int32], regime: Regime) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        cos = np.full((len(positions), 1), float(regime is Regime.LONG), np.float32)
+        return cos, cos
+
+
+def following(ids: list[int], long: bool) -> int:
+    """The next token is a function of all tokens before it, and of the regime."""
+    return (sum((i + 1) * token for i, token in enumerate(ids)) + 7 * long) % VOCABULARY
+
+
+class Checker:
+    """An Executable whose cache holds tokens; refuses to go on where a key is missing or not the sequence's own."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        logits = Buffer("logits", VOCABULARY, "outputs")
+        self.program = Program((), (logits,), AttentionShape(1, 1, 2, 2, 1.0), 1, VOCABULARY, logits)
+        self.capacity = capacity
+        self.cache: dict[tuple[int, int], tuple[int, int, bool]] = {}
+        self.steps: list[Step] = []
+        self.fail_at = -1
+        self.broken = False
+
+    def run(self, step: Step) -> NDArray[np.float32]:
+        step.check(self.program, self.capacity)
+        self.steps.append(step)
+        if len(self.steps) == self.fail_at:
+            raise KernelError("the step was cancelled")
+        size = self.capacity.page_tokens
+        seen = []
+        for token, position, slot, cos in zip(step.tokens, step.positions, step.slots, step.cos[:, 0], strict=True):
+            pages = step.pages[slot]
+            self.cache[int(pages[position // size]), int(position % size)] = (int(token), int(position), bool(cos))
+            keys = [self.cache[int(pages[p // size]), p % size] for p in range(position + 1)]
+            assert [place for _, place, _ in keys] == list(range(position + 1))
+            assert {regime for _, _, regime in keys} == {bool(cos)}, "keys of another regime"
+            seen.append([key for key, _, _ in keys])
+        out = np.zeros((len(step.outputs), VOCABULARY), np.float32)
+        for row, index in zip(out, step.outputs, strict=True):
+            row[following(seen[index], bool(step.cos[index, 0]))] = np.nan if self.broken else 1
+        return out
+
+    def copy_page(self, source: int, target: int) -> None:
+        for place in range(self.capacity.page_tokens):
+            if (source, place) in self.cache:
+                self.cache[target, place] = self.cache[source, place]
+
+    def cancel(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def engine(border: int = 1 << 30, context: int = 160, **sizes: int) -> tuple[Engine, Checker]:
+    pages = {"pages_per_sequence": -(-context // 16), "pages": -(-context // 16)}
+    checker = Checker(Capacity(**{"tokens": 24, "outputs": 24, "page_tokens": 16, **pages, **sizes}))
+    return Engine(checker, TwoRegimes(border), context, NONE), checker  # type: ignore[arg-type]
+
+
+def expected(prompt: list[int], count: int, border: int = 1 << 30) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(following(ids, len(ids) > border))
+    return ids[len(prompt) :]
+
+
+def run(e: Engine, prompt: list[int], count: int | None, **more: object) -> Sequence:
+    sequence = Sequence(prompt, GREEDY, max_tokens=count, **more)  # type: ignore[arg-type]
+    e.submit(sequence)
+    while sequence.finish is None:
+        e.advance(sequence, len(sequence.ids))
+    return sequence
+
+
+def test_a_long_prompt_goes_in_chunks() -> None:
+    e, checker = engine()
+    prompt = [i % VOCABULARY for i in range(100)]
+    assert run(e, prompt, 5).generated == expected(prompt, 5)
+    assert [len(s.tokens) for s in checker.steps] == [24, 24, 24, 24, 4, 1, 1, 1, 1]
+
+
+def test_ends() -> None:
+    e, _ = engine()
+    first, second = expected([1, 2], 2)
+    assert run(e, [1, 2], 9, end_ids=frozenset({second})).generated == [first, second]
+    assert run(e, [1, 2], 9, end_ids=frozenset({second})).finish == "stop"
+    assert run(e, [1, 2], 3).finish == "length"
+    full = run(e, [3] * 150, None)
+    assert (len(full.ids), full.finish) == (160, "length")
+
+
+def test_refusals_come_before_any_work() -> None:
+    e, checker = engine()
+    for prompt, sampling, error in (
+        ([1] * 160, GREEDY, ContextError),
+        ([1] * 161, None, ContextError),
+        ([1, VOCABULARY], GREEDY, TokenError),
+        ([-1], GREEDY, TokenError),
+    ):
+        with pytest.raises(error):
+            e.submit(Sequence(prompt, sampling))
+    with pytest.raises(RequestError, match="empty"):
+        Sequence([], GREEDY)
+    assert checker.steps == []
+
+
+def test_all_logits() -> None:
+    e, checker = engine(outputs=10)
+    prompt = [7 * i % VOCABULARY for i in range(60)]
+    run(e, prompt, 1)
+    for _ in range(2):  # what is cached is not used, because every row is wanted
+        sequence = Sequence(prompt, None)
+        e.submit(sequence)
+        e.advance(sequence, 60)
+        assert sequence.logits is not None
+        assert sequence.logits.argmax(axis=1).tolist() == [following(prompt[: i + 1], False) for i in range(60)]
+    assert max(len(s.outputs) for s in checker.steps) == 10
+
+
+def test_a_prefix_is_computed_once() -> None:
+    e, checker = engine()
+    prompt = [3 * i % VOCABULARY for i in range(40)]
+    run(e, prompt, 2)
+    before = sum(len(s.tokens) for s in checker.steps)
+    again = run(e, [*prompt, 9, 9], 2)
+    assert again.shared == 40
+    assert again.generated == expected([*prompt, 9, 9], 2)
+    assert sum(len(s.tokens) for s in checker.steps) - before == 3
+
+
+def test_the_border_is_crossed_by_beginning_again() -> None:
+    e, checker = engine(border=50)
+    prompt = [5] * 45
+    assert run(e, prompt, 20).generated == expected(prompt, 20, border=50)
+    lengths = [len(s.tokens) for s in checker.steps]
+    assert lengths == [24, 21, 1, 1, 1, 1, 1, 24, 24, 3] + [1] * 13
+    assert run(e, [5] * 51, 3).shared == 45  # of the long pages; short ones would fail the check
+
+
+def test_many_at_once_on_few_pages() -> None:
+    """Preempted, batched, shared and resumed: everybody gets what they would get alone."""
+    e, checker = engine(sequences=4, pages=12)
+    prompts = [[i % 3] * (10 + 7 * i) for i in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        jobs = [pool.submit(run, e, prompt, 30) for prompt in prompts]
+        assert [job.result().generated for job in jobs] == [expected(prompt, 30) for prompt in prompts]
+    assert max(len(s.pages) for s in checker.steps) > 1
+
+
+def test_generating_goes_before_prompts() -> None:
+    e, checker = engine(sequences=2, pages=20)
+    short, long = Sequence([1], GREEDY, max_tokens=10), Sequence([2] * 90, GREEDY, max_tokens=1)
+    e.submit(long)
+    e.submit(short)
+    e.advance(long, 90)
+    assert len(short.ids) > 2
+    assert all(len(s.tokens) == 24 for s in checker.steps[:3])
+
+
+def test_a_cancelled_sequence_leaves_its_pages_to_others() -> None:
+    e, _ = engine(pages=10)
+    for _ in range(5):
+        sequence = Sequence([1] * 100, GREEDY)
+        e.submit(sequence)
+        e.advance(sequence, 100)
+        e.cancel(sequence)
+        assert sequence.finish == "cancelled"
+    assert run(e, [2] * 150, None).finish == "length"
+
+
+def test_a_failed_step_can_be_repeated() -> None:
+    e, checker = engine()
+    sequence = Sequence([4] * 60, GREEDY, max_tokens=5)
+    e.submit(sequence)
+    checker.fail_at = 2
+    with pytest.raises(KernelError):
+        e.advance(sequence, 60)
+    while sequence.finish is None:
+        e.advance(sequence, len(sequence.ids))
+    assert sequence.generated == expected([4] * 60, 5)
+
+
+def test_broken_logits_end_one_sequence() -> None:
+    e, checker = engine()
+    checker.broken = True
+    with pytest.raises(KernelError, match="finite"):
+        run(e, [1, 2, 3], 2)
+    checker.broken = False
+    assert run(e, [1, 2, 3], 2).generated == expected([1, 2, 3], 2)
+
+
+class Even:
+    """Allows even ids only."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def allowed(self) -> NDArray[np.bool_]:
+        return np.arange(VOCABULARY) % 2 == 0
+
+    def accept(self, token: int) -> None:
+        self.taken.append(token)
+
+
+def test_a_mask_is_asked_and_told() -> None:
+    e, _ = engine()
+    mask = Even()
+    made = run(e, [1, 2, 3], 8, mask=mask).generated
+    assert made == mask.taken
+    assert all(token % 2 == 0 for token in made)
+
+
+def test_closing_ends_those_that_wait() -> None:
+    e, _ = engine()
+    sequence = Sequence([1], GREEDY)
+    e.submit(sequence)
+    e.close()
+    with pytest.raises(RequestError, match="closed"):
+        e.advance(sequence, 1)
