@@ -164,7 +164,7 @@ def test_a_tensor_is_complete_when_every_byte_came_once(tmp_path: Path, data: st
     for index, (start, end) in enumerate(spans):
         if index != missing:
             writer.write("a", content[start:end], start)
-    with pytest.raises(ValueError, match="complete"):
+    with pytest.raises(ValueError, match="1 tensors are incomplete"):
         writer.commit()
     assert left(tmp_path) == ["a.gguf"]
 
@@ -255,6 +255,33 @@ def test_a_full_disk_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OutputError, match=r"a\.gguf cannot be written: No space.*free some space"), writer:
         writer.write("a", bytes(128))
     assert left(tmp_path) == []
+
+
+def test_a_failed_write_cannot_be_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+
+    def interrupt(descriptor: int, view: memoryview, at: int) -> int:
+        real(descriptor, view[:10], at)
+        raise KeyboardInterrupt
+
+    writer = begun(tmp_path / "a.gguf")
+    monkeypatch.setattr(os, "pwrite", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write("a", bytes(128))
+    with pytest.raises(ValueError, match="a write failed"):
+        writer.commit()
+    assert left(tmp_path) == []
+
+
+def test_partial_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, view, at: real(descriptor, view[:7], at))
+    content = bytes(range(128))
+    with begun(tmp_path / "a.gguf") as writer:
+        writer.write("a", content)
+        writer.commit()
+    with GGUFFile.open(tmp_path / "a.gguf") as file:
+        assert file.data("a").tobytes() == content
 
 
 def test_a_disk_too_small_for_the_plan(tmp_path: Path) -> None:
@@ -414,6 +441,10 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
                 writer.write("a", bytes(length), offset)
         with pytest.raises(ValueError, match="contiguous"):
             writer.write("a", np.zeros(100, np.uint8)[::2])
+        with pytest.raises(ValueError, match="contiguous"):
+            writer.write("a", memoryview(bytes(100))[::2])
+        with pytest.raises(ValueError, match="not declared"):
+            writer.write("b", b"")
         writer.write("a", bytes(68))
         writer.commit()
         with pytest.raises(ValueError, match="commit"):

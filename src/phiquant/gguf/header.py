@@ -14,7 +14,6 @@ numbers are the only values kept at opening, and strings and arrays are checked 
 first use.
 """
 
-import codecs
 import math
 import mmap
 import struct
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.errors import GGUFError
+from phiquant.gguf.strings import BadString, check_strings, check_utf8, read_strings
 from phiquant.gguf.types import GGMLType, ValueType
 
 __all__ = ["Field", "Header", "TensorInfo"]
@@ -45,7 +45,6 @@ MAX_TENSORS: Final = 32768
 _MIN_PAIR: Final = 14  # bytes: a key of one letter and a value of one byte
 _MIN_TENSOR: Final = 25  # bytes: a name of one letter and no extents
 _MAX_I64: Final = (1 << 63) - 1
-_UTF8_STEP: Final = 1 << 20  # bytes of a long string that are decoded at a time to check it
 
 SCALARS: Final = {
     ValueType.UINT8: struct.Struct("<B"),
@@ -228,7 +227,8 @@ class Header:
         elif kind is ValueType.STRING:
             mapped = self.map
             start, end = self._string(MAX_STRING, what)
-            _check_utf8(self, start, end, what)
+            if not check_utf8(mapped, start, end):
+                self._fail(f"{what} is not valid UTF-8")
             self.fields[key] = Field(kind, None, 1, lambda _: mapped[start:end].decode())
         else:
             value = self._number(SCALARS[kind], what)
@@ -258,8 +258,11 @@ class Header:
         start = self.at
         mapped = self.map
         if item is ValueType.STRING:
-            self.at = _check_strings(self, start, count, what)
-            return Field(ValueType.ARRAY, item, count, lambda count: _read_strings(mapped, start, count))
+            try:
+                self.at = check_strings(mapped, start, count, MAX_STRING)
+            except BadString as error:
+                self._fail(f"{what} is broken: {error}")
+            return Field(ValueType.ARRAY, item, count, lambda count: read_strings(mapped, start, count))
         dtype = DTYPES[item]
         self._skip(count * dtype.itemsize, what)
         if item is ValueType.BOOL and count and np.frombuffer(mapped, np.uint8, count, start).max() > 1:
@@ -317,51 +320,6 @@ class Header:
 def _show(name: str) -> str:
     """A name from a file, safe to print: escaped and of bounded length."""
     return repr(name if len(name) <= 80 else name[:77] + "...")
-
-
-def _check_utf8(header: Header, start: int, end: int, what: str) -> None:
-    """Refuse bytes that are not UTF-8, decoding a bounded piece at a time."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for at in range(start, end, _UTF8_STEP):
-            decoder.decode(header.map[at : min(at + _UTF8_STEP, end)])
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        header._fail(f"{what} is not valid UTF-8")
-
-
-def _check_strings(header: Header, at: int, count: int, what: str) -> int:
-    """Check the `count` strings that start at `at` and return where they end. This loop is what opening costs."""
-    mapped, size, length_of = header.map, header.size, _U64.unpack_from
-    last = size - 8
-    for index in range(count):
-        if at > last:
-            header._fail(f"the file ends within item {index} of {what}")
-        (length,) = length_of(mapped, at)
-        at += 8
-        end = at + length
-        if end > size or length > MAX_STRING:
-            header._fail(f"item {index} of {what} is {length} bytes long, more than the file holds or is allowed")
-        if length > _UTF8_STEP:
-            _check_utf8(header, at, end, f"item {index} of {what}")
-        else:
-            try:
-                mapped[at:end].decode()
-            except UnicodeDecodeError:
-                header._fail(f"item {index} of {what} is not valid UTF-8")
-        at = end
-    return at
-
-
-def _read_strings(mapped: mmap.mmap, at: int, count: int) -> list[str]:
-    """The `count` strings that start at `at`, which `_check_strings` has accepted."""
-    length_of = _U64.unpack_from
-    strings = []
-    for _ in range(count):
-        end = at + 8 + length_of(mapped, at)[0]
-        strings.append(mapped[at + 8 : end].decode())
-        at = end
-    return strings
 
 
 def _read_numbers(mapped: mmap.mmap, dtype: np.dtype[Any], start: int, count: int) -> NDArray[Any]:

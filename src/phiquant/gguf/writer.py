@@ -101,7 +101,8 @@ class GGUFWriter:
         self._temporary: Path | None = None
         self._descriptor = -1
         self._closed = False
-        self._writing = 0
+        self._writing = 0  # threads within `write`
+        self._failed = False
         self._state = threading.Condition()
 
     def _check_target(self, protect: Iterable[str | os.PathLike[str]]) -> Path:
@@ -198,7 +199,7 @@ class GGUFWriter:
                     "free some space or write elsewhere."
                 )
             self._temporary = self._target.parent / f".phiquant-{secrets.token_hex(8)}.part"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             self._descriptor = os.open(self._temporary, flags, 0o666)
             os.ftruncate(self._descriptor, self.size)  # all padding is written by this
             self._put(memoryview(header), 0)
@@ -223,7 +224,9 @@ class GGUFWriter:
         Safe from several threads; ValueError if the bytes lie outside the tensor or were written before.
         """
         view = _as_bytes(data)
-        plan = self._plans[name]
+        plan = self._plans.get(name)
+        if plan is None:
+            raise ValueError(f"the tensor {name!r} was not declared")
         if offset < 0 or offset + len(view) > plan.nbytes:
             raise ValueError(f"{len(view)} bytes at {offset} are outside the tensor {name!r} of {plan.nbytes} bytes")
         with self._state:
@@ -232,13 +235,17 @@ class GGUFWriter:
             if len(view) and not plan.claim(offset, offset + len(view)):
                 raise ValueError(f"bytes {offset} to {offset + len(view)} of the tensor {name!r} are written twice")
             self._writing += 1
+        whole = False
         try:
             self._put(view, self._data_offset + plan.offset + offset)
         except OSError as error:
             raise self._refused(error) from error
+        else:
+            whole = True
         finally:
             with self._state:
                 self._writing -= 1
+                self._failed |= not whole  # the bytes count as written and are not
                 self._state.notify_all()
 
     def _put(self, view: memoryview, at: int) -> None:
@@ -259,11 +266,10 @@ class GGUFWriter:
                 raise ValueError("commit() comes once, after begin()")
             missing = [name for name, plan in self._plans.items() if not plan.complete]
             writing = self._writing
-        if missing or writing:
+        if missing or writing or self._failed:
             self.abort()
-            raise ValueError(
-                f"commit() before {writing} writes ended and {len(missing)} tensors were complete: {missing[:3]}"
-            )
+            reason = f"{len(missing)} tensors are incomplete ({missing[:3]})" if missing else "a write is under way"
+            raise ValueError(f"{self.path} is not committed: {'a write failed' if self._failed else reason}")
         try:
             self._close_descriptor()
             if not self._overwrite and self._target.exists():
@@ -320,7 +326,10 @@ def _as_bytes(data: Bytes) -> memoryview:
         if not data.flags.c_contiguous:
             raise ValueError("tensor data must be contiguous")
         return data.reshape(-1).view(np.uint8).data
-    return memoryview(data).cast("B")
+    view = memoryview(data)
+    if not view.c_contiguous:
+        raise ValueError("tensor data must be contiguous")
+    return view.cast("B")
 
 
 def _encode_string(text: bytes) -> bytes:
