@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize as their_dequantize
 from gguf.quants import quantize as their_quantize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gguf
@@ -112,6 +112,7 @@ def test_blocks_do_not_depend_on_their_neighbours(type):
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_planes_hold_every_level(data):
     entry = quants.format_of(data.draw(st.sampled_from(BLOCKED)))
     bits = sum(plane.bits for plane in entry.planes)

@@ -133,9 +133,9 @@ def _weights(x: Floats, columns: Floats, importance: Floats, times: int) -> Floa
     return _columns(given) * np.sqrt(sigma2 + squares)
 
 
-def _byte(levels: Levels, most: int) -> Bytes:
-    """As an unsigned byte (a scale that rounding made negative wraps), at most `most`."""
-    return np.minimum(levels.astype(np.uint8), most).T
+def _byte(levels: Levels, most: int = 255) -> Bytes:
+    """As an unsigned byte [n, sub-blocks] (a scale that rounding made negative wraps), at most `most`."""
+    return np.minimum(levels.astype(np.uint8), np.uint8(most)).T
 
 
 def _write_ranged(
@@ -169,7 +169,7 @@ def _write_ranged(
         for field, values in (("d", scales), ("dmin", offsets)):
             peak = np.maximum(values.max(axis=0), np.float32(0))
             inverse = np.where(peak > 0, np.float32(most) / peak, np.float32(0))
-            integers.append(_byte(nearest(inverse * values), most))
+            integers.append(_byte(nearest(inverse * values), 255 if two_bits else most))
             blocks[field] = peak / np.float32(most)
     else:
         totals = np.stack([ordered_sum(w) for w in weights])
@@ -177,7 +177,7 @@ def _write_ranged(
         for field, values in (("d", scales), ("dmin", offsets)):
             unit, level = fit_unsigned(values, most, totals)
             blocks[field] = unit
-            integers.append(_byte(level, most))
+            integers.append(_byte(level))
     blocks["scales"] = integers[0] | (integers[1] << 4) if two_bits else pack_pairs(*integers)
     scale, offset = (_spread(unit, times).T for unit in _units(blocks))
     again = levels_of((columns + offset) / scale, 0, top)

@@ -7,7 +7,7 @@ import numpy as np
 
 from phiquant.gguf.types import GGMLType
 from phiquant.quants.block import Blocks, Floats, Format, Plane, join, split
-from phiquant.quants.search import fit_range, fit_symmetric, signed_peak, smallest
+from phiquant.quants.search import fit_range, fit_symmetric, largest, signed_peak, smallest
 
 __all__ = ["BF16", "F16", "F32", "FORMATS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
@@ -113,7 +113,7 @@ def _write_ranged(
     blocks = np.zeros(columns.shape[1], dtype)
     if importance is None:
         m = smallest(columns)
-        d = (columns.max(axis=0) - m) / np.float32(top)
+        d = (largest(columns) - m) / np.float32(top)
         scaled = (columns - m) * _reciprocal(d)
         levels = np.minimum(_truncated(scaled + np.float32(0.5)), top)
     else:

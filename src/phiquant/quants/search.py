@@ -17,6 +17,7 @@ __all__ = [
     "fit_range",
     "fit_symmetric",
     "fit_unsigned",
+    "largest",
     "levels_of",
     "nearest",
     "ordered_sum",
@@ -62,6 +63,12 @@ def smallest(x: Floats) -> Floats:
     return low
 
 
+def largest(x: Floats) -> Floats:
+    """The first of the largest values of each column."""
+    high: Floats = np.take_along_axis(x, x.argmax(axis=0)[None], axis=0)[0]
+    return high
+
+
 def fit_symmetric(x: Floats, top: int, weights: Floats | None = None) -> tuple[Floats, Levels]:
     """Scale and levels, biased by `top`, that minimise the sum of w (x - scale * (level - top))**2.
 
@@ -88,11 +95,12 @@ def fit_symmetric(x: Floats, top: int, weights: Floats | None = None) -> tuple[F
 
 
 def descend(
-    x: Floats, levels: Levels, w: Floats, sum_xl: Floats, sum_ll: Floats, low: int, high: int, careful: bool
+    x: Floats, levels: Levels, w: Floats, sum_xl: Floats, sum_ll: Floats, low: int, high: int, unsigned: bool
 ) -> tuple[Floats, Levels]:
     """At most five sweeps that move one level at a time to where the weighted correlation with x is larger.
 
-    `careful` also requires the other levels not to be all zero before a level is moved. Returns scale and levels.
+    Levels that are `unsigned` are bytes, in which a negative one wraps, and one is moved only while the others are not
+    all zero. Returns scale and levels.
     """
     levels = levels.copy()
     for _ in range(5):
@@ -107,9 +115,9 @@ def descend(
             new_xl = rest_xl + wx * new
             new_ll = rest_ll + w[i] * new * new
             accept = (rest_xl > 0) & (moved != levels[i]) & (new_xl * new_xl * sum_ll > sum_xl * sum_xl * new_ll)
-            accept &= (rest_ll > 0) if careful else (new_ll > 0)
+            accept &= (rest_ll > 0) if unsigned else (new_ll > 0)
             changed |= bool(accept.any())
-            levels[i] = np.where(accept, moved, levels[i])
+            levels[i] = np.where(accept, moved & 0xFF if unsigned else moved, levels[i])
             sum_xl = np.where(accept, new_xl, sum_xl)
             sum_ll = np.where(accept, new_ll, sum_ll)
         if not changed:  # a block that is done stays as it is in further sweeps
@@ -166,7 +174,7 @@ def fit_range(
     """
     low = smallest(x)
     low = np.where(low > 0, np.float32(0), low)
-    high = x.max(axis=0)
+    high = largest(x)
     flat = high <= low
     sum_w, sum_x = weights[0], weights[0] * x[0]
     for w, v in zip(weights[1:], x[1:], strict=True):

@@ -68,12 +68,24 @@ def _sigma(k: Kernel, x: Column, times: int) -> Value:
     return times * k.total(256, square) / 256.0
 
 
-def _pairs(first: list[Value], second: list[Value]) -> list[Value]:
-    """The 12 bytes of Q4_K's and Q5_K's scales."""
+def _pack_scales(first: list[Value], second: list[Value]) -> list[Value]:
+    """The bytes of scales and offsets: 16 pairs of four bits, or 12 bytes for 8 pairs of six."""
+    if len(first) == 16:
+        return [a | (b << 4) for a, b in zip(first, second, strict=True)]
     low = [first[j] | (first[j + 4].lsr(4) << 6) for j in range(4)]
     middle = [second[j] | (second[j + 4].lsr(4) << 6) for j in range(4)]
     high = [(first[j + 4] & 15) | (second[j + 4] << 4) for j in range(4)]
     return low + middle + high
+
+
+def _unpack_scales(packed: list[Value]) -> tuple[list[Value], list[Value]]:
+    """What a reader makes of them (a scale that wrapped around spoils its neighbours)."""
+    if len(packed) == 16:
+        return [v & 15 for v in packed], [v.lsr(4) & 15 for v in packed]
+    low, middle, high = packed[:4], packed[4:8], packed[8:]
+    first = [v & 63 for v in low] + [(a & 15) | (b.lsr(2) & 48) for a, b in zip(high, low, strict=True)]
+    second = [v & 63 for v in middle] + [(a.lsr(4) & 15) | (b.lsr(2) & 48) for a, b in zip(high, middle, strict=True)]
+    return first, second
 
 
 def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
@@ -105,12 +117,15 @@ def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
         for values, levels in zip((scales, offsets), integers, strict=True):
             if weighted:
                 unit = fit_unsigned(k, values, r.count, r.most, totals, levels)
-                k.each(r.count, lambda j, levels=levels: levels.put(j, e.min(levels.int_at(j), r.most)))  # type: ignore[misc]
             else:
                 unit = _plain_scales(k, values, r, levels)
             bits, real = k.half(unit)
             units.append(bits)
             reals.append(real)
+        packed = _pack_scales(*([column.int_at(j) for j in range(r.count)] for column in integers))
+        for column, stored in zip(integers, _unpack_scales(packed), strict=True):
+            for j, value in enumerate(stored):
+                column.put(j, value)
         with e.loop(0, r.count) as j:
             part = x.start(j * n)
             scale = reals[0] * integers[0].int_at(j).to_float()
@@ -124,11 +139,6 @@ def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
                 part.put(i, range_level(k, e.where(none, found, again), search.top))
 
             k.each(n, level)
-        first_bytes, second_bytes = ([levels.int_at(j) for j in range(r.count)] for levels in integers)
-        if r.count == 16:
-            packed = [a | (b << 4) for a, b in zip(first_bytes, second_bytes, strict=True)]
-        else:
-            packed = _pairs(first_bytes, second_bytes)
         fields: dict[str, Value | Column] = {"d": units[0], "dmin": units[1], "scales": k.words(packed)}
         fields.update({plane.field: k.pack(plane, x) for plane in k.entry.planes})
         k.store(first, fields)
@@ -166,8 +176,9 @@ def _plain_scales(k: Kernel, values: Column, r: _Ranged, levels: Column) -> Valu
     peak = e.var(k.real(0))
     k.each(r.count, lambda j: peak.set(e.max(values.at(j), peak.get())))
     inverse = e.where(peak.get() > 0.0, float(r.most) / peak.get(), k.real(0))
-    # a scale that rounding made negative wraps in an unsigned byte
-    k.each(r.count, lambda j: levels.put(j, e.min(nearest_int(e, inverse * values.at(j)) & 255, r.most)))
+    # a scale that rounding made negative wraps in an unsigned byte, which only the formats of six bits bound
+    bound = r.most if r.count == 8 else 255
+    k.each(r.count, lambda j: levels.put(j, e.min(nearest_int(e, inverse * values.at(j)) & 255, bound)))
     return peak.get() / float(r.most)
 
 

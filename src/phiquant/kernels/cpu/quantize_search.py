@@ -98,9 +98,8 @@ def _descend(
     n: int,
     terms: Callable[[Value], tuple[Value, Value]],
     sums: tuple[Value, Value],
-    clamp: Callable[[Value], Value],
-    stored: Callable[[Value], Value],
-    careful: bool,
+    top: int,
+    unsigned: bool,
 ) -> Value:
     """Coordinate descent of `quants.search.descend` over int32 levels; `terms(i)` is x and its weight."""
     e = k.e
@@ -116,15 +115,16 @@ def _descend(
             old = level.to_float()
             rest_xl = sum_xl.get() - wx * old
             rest_ll = sum_ll.get() - weight * old * old
-            moved = clamp(nearest_int(e, x * rest_ll / rest_xl))
+            nearest = nearest_int(e, x * rest_ll / rest_xl)
+            moved = e.min(nearest, top) if unsigned else k.clamp(nearest, -top, top - 1)
             new = moved.to_float()
             new_xl = rest_xl + wx * new
             new_ll = rest_ll + weight * new * new
             accept = (rest_xl > 0.0) & (moved != level)
             accept = accept & (new_xl * new_xl * sum_ll.get() > sum_xl.get() * sum_xl.get() * new_ll)
-            accept = accept & ((rest_ll if careful else new_ll) > 0.0)
+            accept = accept & ((rest_ll if unsigned else new_ll) > 0.0)
             changed.set(e.where(accept, k.whole(1), changed.get()))
-            levels.put(i, e.where(accept, stored(moved), level))
+            levels.put(i, e.where(accept, moved & 255 if unsigned else moved, level))
             sum_xl.set(e.where(accept, new_xl, sum_xl.get()))
             sum_ll.set(e.where(accept, new_ll, sum_ll.get()))
 
@@ -158,7 +158,7 @@ def fit_descent(k: Lanes, x: Column, n: int, top: int, levels: Column) -> Value:
         return v, v * v
 
     sums = sum_xl.get(), sum_ll.get()
-    scale = _descend(k, levels, n, terms, sums, lambda v: k.clamp(v, -top, top - 1), lambda v: v, careful=False)
+    scale = _descend(k, levels, n, terms, sums, top, unsigned=False)
     k.each(n, lambda i: levels.put(i, e.where(empty, k.whole(-top), levels.int_at(i))))
     return e.where(empty, k.real(0), scale)
 
@@ -205,16 +205,8 @@ def fit_unsigned(k: Lanes, x: Column, n: int, top: int, w: Column, levels: Colum
         sum_ll.set(sum_ll.get() + weight * real * real)
 
     k.each(n, first)
-    scale = _descend(
-        k,
-        levels,
-        n,
-        lambda i: (x.at(i), w.at(i)),
-        (sum_xl.get(), sum_ll.get()),
-        lambda v: e.min(v, top),
-        lambda v: v & 255,
-        careful=True,
-    )
+    sums = sum_xl.get(), sum_ll.get()
+    scale = _descend(k, levels, n, lambda i: (x.at(i), w.at(i)), sums, top, unsigned=True)
     k.each(n, lambda i: levels.put(i, e.where(empty, k.whole(0), levels.int_at(i))))
     return e.where(empty, k.real(0), scale)
 

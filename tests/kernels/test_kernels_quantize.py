@@ -1,0 +1,243 @@
+"""The compiled quantizers and dequantizers: the reference's bytes, on every lowering that runs here."""
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phiquant import quants
+from phiquant.errors import KernelError, UnsupportedError, WeightsError
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels import quantize as module
+from phiquant.kernels.cpu import target
+from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
+
+pytestmark = pytest.mark.cpu
+
+TYPES = sorted(quants.QUANTIZABLE)
+BLOCKED = [t for t in TYPES if t.is_quantized]
+KINDS = ("normal", "heavy", "constant", "zero", "tiny", "denormal", "flat", "sparse", "wide", "signed zeros", "uneven")
+
+
+def inputs(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, columns))
+    match kind:
+        case "heavy":
+            x = rng.standard_t(2, (rows, columns))
+        case "constant":
+            x[:] = rng.standard_normal((rows, 1))
+        case "zero":
+            x[:] = 0
+        case "tiny":
+            x *= 10.0 ** -rng.integers(3, 30, (rows, 1))
+        case "denormal":
+            x *= 10.0 ** rng.uniform(-46, -36, (rows, 1))
+        case "flat":  # a few units of last place apart, where sums cancel and scales come out negative or infinite
+            x = -np.abs(rng.standard_normal((rows, 1))) * (1 + x * 1e-6)
+        case "sparse":
+            x *= rng.random((rows, columns)) < 0.03
+        case "wide":
+            x *= 10.0 ** rng.integers(-30, 4, (rows, columns))
+        case "signed zeros":
+            x = np.where(x > 0, 0.0, -0.0)
+        case "uneven":  # from sub-block to sub-block, some of them zero
+            x = (x.reshape(rows, -1, 16) * 10.0 ** rng.integers(-8, 2, (rows, columns // 16, 1))).reshape(x.shape)
+            x.reshape(rows, -1, 16)[rng.random((rows, columns // 16)) < 0.3] = 0
+    return x.astype(np.float32)
+
+
+def importances(columns: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    w = (rng.random(columns) * 10.0 ** rng.integers(-4, 4, columns)).astype(np.float32)
+    w[rng.random(columns) < 0.1] = 0
+    return w
+
+
+def stored(x: np.ndarray, source: GGMLType) -> np.ndarray:
+    return quants.quantize(x, source)
+
+
+@pytest.mark.parametrize("with_importance", [False, True])
+@pytest.mark.parametrize("type", TYPES)
+def test_bytes_equal_the_reference(type, with_importance):
+    importance = importances(768, seed=1) if with_importance else None
+    for kind in KINDS:
+        x = inputs(kind, 23, 768, seed=2)  # 69 super-blocks: groups of lanes cross rows, and the last one is partial
+        found = quantize_rows(x, GGMLType.F32, type, importance)
+        assert found.shape == (23, type.row_bytes(768))
+        assert np.array_equal(found, quants.quantize(x, type, importance)), kind
+
+
+@pytest.mark.parametrize("source", [GGMLType.F16, GGMLType.BF16])
+@pytest.mark.parametrize("type", TYPES)
+def test_other_sources_are_widened_exactly(type, source):
+    x = stored(inputs("heavy", 9, 512, seed=3), source)
+    wide = quants.dequantize(x, source, (9, 512))
+    importance = importances(512, seed=4)
+    for weights in (None, importance):
+        expected = quants.quantize(wide, type, weights)
+        assert np.array_equal(quantize_rows(x, source, type, weights), expected)
+        assert np.array_equal(quantize_rows(x.view(np.uint16), source, type, weights), expected)
+
+
+@pytest.mark.parametrize("lowering", [name for name in target.LOWERINGS if name != "neon"])
+@pytest.mark.parametrize("type", [*BLOCKED, GGMLType.F16, GGMLType.BF16])
+def test_every_lowering_gives_the_same_bytes(type, lowering, monkeypatch):
+    try:
+        machine = target.host(lowering)
+    except KernelError as refusal:
+        pytest.skip(str(refusal))
+    x = inputs("heavy", 5, 768, seed=5)
+    half = stored(x, GGMLType.F16)
+    compiled = []
+    function = module.library.function
+
+    def forced(name, arguments, body):
+        compiled.append(name)
+        return function(name, arguments, body, machine)
+
+    monkeypatch.setattr(module.library, "function", forced)
+    caches = (module._quantizer, module._dequantizer, module._floats)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        found = quantize_rows(x, GGMLType.F32, type)
+        from_half = quantize_rows(half, GGMLType.F16, type)
+        back = dequantize_rows(found, type, 5, 768)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert len(compiled) == 3, "the kernels under test must be the forced ones"
+    expected = quants.quantize(x, type)
+    assert np.array_equal(found, expected)
+    assert np.array_equal(from_half, quants.quantize(quants.dequantize(half, GGMLType.F16, x.shape), type))
+    assert np.array_equal(back, quants.dequantize(expected, type, x.shape))
+
+
+@given(st.sampled_from(BLOCKED), st.sampled_from(FLOATS), st.integers(1, 70), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_any_number_of_blocks_and_nothing_beside_them(type, source, blocks, seed):
+    n = type.block_elements
+    values = inputs("normal", blocks, n, seed)
+    x = np.concatenate([stored(values, source).reshape(-1), np.full(64, 0xFF, np.uint8)])  # NaN behind the input
+    room = np.full((blocks + 2) * type.block_bytes, 0xA5, np.uint8)
+    flags = ctypes.c_int64(-1)
+    kernel = module._quantizer(type, source, False)
+    out = room[type.block_bytes : -type.block_bytes]
+    kernel(x.ctypes.data, out.ctypes.data, blocks, blocks, 0, 0, ctypes.addressof(flags))
+    assert flags.value == 0
+    assert (room[: type.block_bytes] == 0xA5).all()
+    assert (room[-type.block_bytes :] == 0xA5).all()
+    wide = quants.dequantize(stored(values, source), source, values.shape)
+    assert np.array_equal(out, quants.quantize(wide, type).reshape(-1))
+
+
+@given(
+    st.sampled_from(TYPES),
+    st.sampled_from(FLOATS),
+    st.integers(0, 19 * 256 - 1),
+    st.sampled_from([np.nan, np.inf, -np.inf]),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_not_finite_is_reported_wherever_it_stands(type, source, position, value):
+    x = inputs("normal", 19, 256, seed=6)
+    x.reshape(-1)[position] = value
+    data = stored(x, source)
+    with pytest.raises(WeightsError, match=f"row {position // 256} .* NaN or infinity"):
+        quantize_rows(data, source, type)
+    kept = quantize_rows(data, source, type, nonfinite="keep")
+    clean = np.arange(19) != position // 256
+    wide = quants.dequantize(data, source, x.shape)
+    assert np.array_equal(kept[clean], quants.quantize(wide[clean], type))
+
+
+@pytest.mark.parametrize("type", [t for t in TYPES if t not in (GGMLType.F32, GGMLType.BF16)])
+def test_values_too_large_for_the_scales_are_refused(type):
+    x = inputs("normal", 3, 256, seed=7)
+    x[1] *= 1e9
+    with pytest.raises(WeightsError, match=f"row 1 .* too large for {type.name}"):
+        quantize_rows(x, GGMLType.F32, type)
+    assert quantize_rows(x, GGMLType.F32, type, nonfinite="keep").shape == (3, type.row_bytes(256))
+
+
+@pytest.mark.parametrize("type", BLOCKED)
+def test_dequantize_equals_the_reference_on_any_bytes(type):
+    rng = np.random.default_rng(8)
+    data = rng.integers(0, 256, (7, 3 * type.block_bytes), dtype=np.uint8)
+    found = dequantize_rows(data, type, 7, 3 * type.block_elements)
+    expected = quants.dequantize(data, type, found.shape)
+    assert np.array_equal(found, expected, equal_nan=True)
+    finite = np.isfinite(expected)
+    assert np.array_equal(found.view(np.uint32)[finite], expected.view(np.uint32)[finite])
+
+
+def test_half_precision_of_every_pattern():
+    bits = np.arange(2**16, dtype=np.uint16)[None]
+    for type, dtype in ((GGMLType.F16, np.float16), (GGMLType.BF16, ml_dtypes.bfloat16)):
+        wide = dequantize_rows(bits, type, 1, 2**16)
+        expected = bits.view(dtype).astype(np.float32)
+        assert np.array_equal(wide, expected, equal_nan=True)
+        back = quantize_rows(wide, GGMLType.F32, type, nonfinite="keep").view(np.uint16)
+        same = ~np.isnan(expected)
+        assert np.array_equal(back[same], bits[same])
+        assert np.isnan(back[~same].view(dtype).astype(np.float32)).all()
+
+
+@given(st.integers(0, 2**32), st.integers(1, 50))
+@settings(deadline=None)
+def test_floats_are_rounded_to_nearest_even(seed, count):
+    x = np.random.default_rng(seed).integers(0, 2**32, (1, count), dtype=np.uint32).view(np.float32)
+    x[~np.isfinite(x)] = 0
+    for type in (GGMLType.F16, GGMLType.BF16, GGMLType.F32):
+        found = quantize_rows(x, GGMLType.F32, type, nonfinite="keep")
+        assert np.array_equal(found, quants.quantize(x, type))
+        half = quants.quantize(x, GGMLType.F16)
+        wide = quants.dequantize(half, GGMLType.F16, x.shape)
+        assert np.array_equal(quantize_rows(half, GGMLType.F16, type, nonfinite="keep"), quants.quantize(wide, type))
+
+
+def test_threads_do_not_disturb_one_another():
+    x = inputs("heavy", 64, 1024, seed=9)
+    importance = importances(1024, seed=10)
+    expected = quantize_rows(x, GGMLType.F32, GGMLType.Q4_K, importance)
+    with ThreadPoolExecutor(4) as pool:
+        chunks = pool.map(
+            lambda i: quantize_rows(x[i : i + 4], GGMLType.F32, GGMLType.Q4_K, importance), range(0, 64, 4)
+        )
+        assert np.array_equal(np.concatenate(list(chunks)), expected)
+
+
+def test_empty_input():
+    assert quantize_rows(np.zeros((0, 256), np.float32), GGMLType.F32, GGMLType.Q4_K).shape == (0, 144)
+    assert quantize_rows(np.zeros((3, 0), np.float32), GGMLType.F32, GGMLType.Q4_K).shape == (3, 0)
+    assert dequantize_rows(np.zeros(0, np.uint8), GGMLType.Q4_K, 0, 256).shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    ("x", "source", "type", "importance", "error", "words"),
+    [
+        (np.zeros((2, 100), np.float32), GGMLType.F32, GGMLType.Q4_K, None, WeightsError, "blocks of 256"),
+        (np.zeros((2, 512), np.float32)[:, ::2], GGMLType.F32, GGMLType.Q4_K, None, WeightsError, "contiguous"),
+        (np.zeros(256, np.float32), GGMLType.F32, GGMLType.Q4_K, None, WeightsError, "matrix"),
+        (np.zeros((2, 256), np.float64), GGMLType.F32, GGMLType.Q4_K, None, WeightsError, "float64"),
+        (np.zeros((2, 1023), np.uint8), GGMLType.F32, GGMLType.Q4_K, None, WeightsError, "does not hold rows of F32"),
+        (np.zeros((2, 256), np.float32), GGMLType.F32, GGMLType.Q4_K, np.ones(255), WeightsError, "importance"),
+        (np.zeros((2, 144), np.uint8), GGMLType.Q4_K, GGMLType.Q6_K, None, UnsupportedError, "Q4_K"),
+        (np.zeros((2, 256), np.float32), GGMLType.F32, GGMLType.IQ4_NL, None, UnsupportedError, "IQ4_NL"),
+    ],
+)
+def test_refusals_name_the_cause(x, source, type, importance, error, words):
+    with pytest.raises(error, match=words):
+        quantize_rows(x, source, type, importance)
+
+
+def test_dequantize_refuses_what_does_not_fit():
+    with pytest.raises(WeightsError, match="143 bytes"):
+        dequantize_rows(np.zeros(143, np.uint8), GGMLType.Q4_K, 1, 256)
+    with pytest.raises(WeightsError, match="contiguous"):
+        dequantize_rows(np.zeros((1, 288), np.uint8)[:, ::2], GGMLType.Q4_K, 1, 256)
