@@ -358,6 +358,13 @@ def test_describe_names_the_lowering() -> None:
     assert int(facts["threads"]) >= 1
 
 
+def test_more_memory_than_there_is_is_refused() -> None:
+    program = model(layers=1)
+    for change in ({"pages": 1 << 40}, {"outputs": 1 << 44}, {"pages_per_sequence": 1 << 44}):
+        with pytest.raises(KernelError, match="not enough memory"):
+            prepare(program, **change)
+
+
 def test_argument_blocks_are_complete_or_refused() -> None:
     with pytest.raises(KernelError, match="given for a block"):
         Arguments("x", "y").pack(x=1)

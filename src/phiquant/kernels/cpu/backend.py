@@ -46,6 +46,11 @@ class CpuBackend:
         library.on_compile.append(report.compiling)
         try:
             return CpuExecutable(_Binder(program, capacity, report))
+        except MemoryError:
+            raise KernelError(
+                "there is not enough memory for weights, cache and buffers; ask for a shorter context, smaller batches "
+                f"or fewer sequences than {capacity}"
+            ) from None
         finally:
             library.on_compile.remove(report.compiling)
 
@@ -66,7 +71,7 @@ class _Report:
     def arranged(self, nbytes: int) -> None:
         with self._lock:
             self._done += nbytes
-            if self._tell and time.monotonic() - self._last > 0.5:
+            if self._tell and time.monotonic() - self._last > 2.0:
                 self._last = time.monotonic()
                 self._tell(f"arranging weights: {self._done / 1e9:.1f} of {self.total / 1e9:.1f} GB")
 
@@ -157,7 +162,7 @@ class CpuExecutable:
         self._keep = made
         natives: list[NativeOp] = []
         costs: list[_Cost] = []
-        self._attentions: set[int] = set()
+        self._attentions: list[int] = []
         self._segments: list[Embedding | range] = []
         for op, bound in zip(made.program.operations, made.bound, strict=True):
             if isinstance(bound, Embedding):
@@ -168,7 +173,7 @@ class CpuExecutable:
                 start = last.start
                 self._segments.pop()
             if isinstance(op, ops.Attention):
-                self._attentions.add(len(natives))
+                self._attentions.append(len(natives))
             natives += bound
             costs += _cost(op, len(bound))
             self._segments.append(range(start, len(natives)))
@@ -229,24 +234,27 @@ class CpuExecutable:
         seconds = np.where(rows > 0, np.maximum(self._bytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
         per_tile = 8 * shape.head_size * shape.kv_heads * tile_costs / speed
         attending = float(per_tile.sum())
+        seconds[self._attentions] = attending
+        # Attention to many keys is divided into ranges of tiles.
+        alone = set(self._attentions) if attending > _PART_SECONDS else set()
+        ends = np.flatnonzero(np.diff(np.cumsum(per_tile) // _PART_SECONDS)) + 1
+        ranges = list(zip([0, *ends.tolist()], [*ends.tolist(), tiles], strict=True))
+        costs = seconds.tolist()
         for segment in self._segments:
             if isinstance(segment, Embedding):
                 yield segment
                 continue
             start, spent = segment.start, 0.0
             for i in segment:
-                heavy = i in self._attentions and attending > _PART_SECONDS
-                cost = attending if i in self._attentions else float(seconds[i])
-                if i > start and (heavy or spent + cost > _PART_SECONDS):
+                if i > start and (i in alone or spent + costs[i] > _PART_SECONDS):
                     yield range(start, i), 0, tiles
                     start, spent = i, 0.0
-                if heavy:
-                    ends = np.flatnonzero(np.diff(np.cumsum(per_tile) // _PART_SECONDS)) + 1
-                    for first, last in zip([0, *ends.tolist()], [*ends.tolist(), tiles], strict=True):
+                if i in alone:
+                    for first, last in ranges:
                         yield range(i, i + 1), first, last
-                    start, spent = i + 1, 0.0
+                    start = i + 1
                 else:
-                    spent += cost
+                    spent += costs[i]
             if start < segment.stop:
                 yield range(start, segment.stop), 0, tiles
 

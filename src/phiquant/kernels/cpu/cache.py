@@ -38,11 +38,7 @@ class KVCache:
         self.half = capacity.cache_type is GGMLType.F16
         self.plane_bytes = capacity.page_tokens * shape.head_size * (2 if self.half else 4)
         self.page_bytes = 2 * shape.kv_heads * self.plane_bytes
-        try:
-            self.layers = [aligned(capacity.pages * self.page_bytes) for _ in range(layers)]
-        except MemoryError:
-            size = layers * capacity.pages * self.page_bytes
-            raise KernelError(f"a cache of {size / 2**30:.1f} GiB does not fit; ask for a shorter context") from None
+        self.layers = [aligned(capacity.pages * self.page_bytes) for _ in range(layers)]
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page in all layers. Errors: KernelError if there is no such page."""
