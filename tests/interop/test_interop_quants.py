@@ -1,7 +1,8 @@
 """Quantized bytes against llama.cpp's own, built with -ffp-contract=off.
 
-Contraction alone changes up to 2.5 % of the blocks of a K format. Required: 99 % of blocks equal, and where they differ a total weighted error at most 1.001 times its. Measured when this
-was written (llama-cpp-python 0.3.36, GCC 12, x86-64): every byte of every input equal.
+Contraction alone changes up to 2.5 % of the blocks of a K format. Required: 99 % of blocks equal, and where they
+differ a total weighted error at most 1.001 times its. Measured when this was written (llama-cpp-python 0.3.36, GCC 12,
+x86-64): every byte of every input equal.
 """
 
 import ctypes
