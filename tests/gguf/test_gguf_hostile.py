@@ -201,7 +201,7 @@ def test_every_truncation_is_refused(read: Callable[[bytes], GGUFFile]) -> None:
     consume(read(content[:needed]))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_changed_bytes_are_refused_or_harmless(read: Callable[[bytes], GGUFFile], data: st.DataObject) -> None:
     content = bytearray(build())
@@ -239,7 +239,7 @@ values: st.SearchStrategy[tuple[int, bytes]] = st.one_of(
 small = st.integers(0, 40) | st.integers(-(2**63), 2**63 - 1)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pairs=st.lists(st.tuples(st.binary(min_size=0, max_size=3), values), max_size=3),
     lines=st.lists(

@@ -50,7 +50,7 @@ pieces = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(min_size=1, max_size=9).map(str.encode) | pieces, max_size=30), st.binary(max_size=20))
 @example([b"\xc3", b"x" * 40, b"\xc3", b"\xa9" * 169], b"")
 @example([b"ab", b"\xc3"], b"\xa9\0\0\0\0\0\0\0" + b"x" * 169)
@@ -74,7 +74,7 @@ def test_every_array_is_read_or_refused_as_a_whole(
             assert read_strings(source, 5, count) == texts[:count]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(min_size=1, max_size=9).map(str.encode), min_size=1, max_size=30), st.data())
 def test_a_changed_length_never_leads_astray(
     mapped: Mapper, monkeypatch: pytest.MonkeyPatch, items: list[bytes], data: st.DataObject
