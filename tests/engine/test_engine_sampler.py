@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phiquant.engine import Sampling, sample
+from phiquant.engine.sampler import _largest
 from phiquant.errors import KernelError, RequestError
 
 
@@ -40,6 +41,15 @@ def test_only_what_the_rules_leave_is_chosen(seed: int, size: int, top_k: int, t
     expected = set(plain_candidates(logits, s))
     chosen = {sample(logits, [0] * n, s) for n in range(1, 30)}
     assert chosen <= expected
+
+
+@pytest.mark.parametrize("k", [0, 1, 40, 499, 500, 501, 5000])
+def test_top_k_of_a_large_vocabulary(k: int) -> None:
+    scores = np.random.default_rng(k).normal(size=32064).astype(np.float32).round(2)  # with many equals
+    scores[::7] = -np.inf
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    expected = order[: k or len(scores)]
+    assert sorted(_largest(scores, k)) == sorted(expected[scores[expected] > -np.inf])
 
 
 def test_frequencies_follow_probabilities() -> None:

@@ -19,6 +19,8 @@ __all__ = ["Sampling", "TokenMask", "sample"]
 
 # Tokens at the end of a sequence that the repetition penalty looks at.
 PENALTY_WINDOW: Final = 64
+# Neighbouring scores that are looked at as one when the largest are sought.
+BLOCK: Final = 64
 
 
 class TokenMask(Protocol):
@@ -115,9 +117,7 @@ def sample(
 
 def _keep(scores: NDArray[np.float32], sampling: Sampling, best: float) -> NDArray[np.int64]:
     """Ids that top-k, top-p and min-p leave, at least the likeliest."""
-    kept = np.flatnonzero(scores > -np.inf)
-    if 0 < sampling.top_k < len(kept):
-        kept = kept[np.argpartition(scores[kept], -sampling.top_k)[-sampling.top_k :]]
+    kept = _largest(scores, sampling.top_k)
     if sampling.top_p < 1:
         probabilities = np.exp(scores[kept].astype(np.float64) - best)
         probabilities /= probabilities.sum()
@@ -129,4 +129,17 @@ def _keep(scores: NDArray[np.float32], sampling: Sampling, best: float) -> NDArr
         kept = kept[order[:count]]
     if sampling.min_p > 0:
         kept = kept[scores[kept] >= best + math.log(sampling.min_p)]
+    return kept
+
+
+def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Ids of the k largest scores (0: all) above -inf, the smaller id first of equals."""
+    blocks = len(scores) // BLOCK
+    bound = -np.inf
+    if 0 < k < blocks:
+        # k blocks have a maximum of at least this, so the k largest scores do too: far less is left to sort.
+        bound = np.partition(scores[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1), -k)[-k]
+    kept = np.flatnonzero(scores >= bound) if bound > -np.inf else np.flatnonzero(scores > -np.inf)
+    if 0 < k < len(kept):
+        kept = kept[np.lexsort((kept, -scores[kept]))[:k]]
     return kept
