@@ -7,6 +7,7 @@ as many threads as it likes. Kernels are compiled on first use and cached.
 from __future__ import annotations
 
 import ctypes
+import zlib
 from functools import cache
 from typing import Any, Literal
 
@@ -162,4 +163,4 @@ def _dequantizer(type: GGMLType) -> Any:
 def _layout(type: GGMLType) -> str:
     """The layout, which lives outside the sources that the kernel cache watches, as part of a kernel's name."""
     entry = quants.format_of(type)
-    return f"{entry.dtype.descr}{entry.planes}"
+    return f"{zlib.crc32(f'{entry.dtype.descr}{entry.planes}'.encode()):08x}"
