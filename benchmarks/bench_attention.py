@@ -1,0 +1,106 @@
+"""Speed of attention: multiplications for prompts, bytes of the cache read for single tokens; and what storing costs.
+
+    python benchmarks/bench_attention.py [--threads 1,2] [--lowering avx2] [--repeat 9]
+
+Figures are medians. With one thread they are of processor time, so that they mean something on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cpu import attention, rotate_store
+from phiquant.kernels.cpu.cache import KVCache, StepTables
+from phiquant.kernels.cpu.operation import NativeOp, Region, StepHeader
+from phiquant.kernels.cpu.target import Target, host
+from phiquant.kernels.cpu.team import Team, native_program
+from phiquant.kernels.ops import AttentionShape, Capacity
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    heads: int
+    kv_heads: int
+    head_size: int
+    tokens: int
+    start: int
+
+
+CASES = (
+    Case("Phi-3.5-mini, prompt of 512", 32, 32, 96, 512, 0),
+    Case("Phi-3.5-mini, 512 after 3584", 32, 32, 96, 512, 3584),
+    Case("Phi-3-medium, 512 after 1536", 40, 10, 128, 512, 1536),
+    Case("Phi-3.5-mini, token 1024", 32, 32, 96, 1, 1023),
+    Case("Phi-3.5-mini, token 4096", 32, 32, 96, 1, 4095),
+    Case("Phi-3-medium, token 4096", 40, 10, 128, 1, 4095),
+)
+
+
+def bound(case: Case, threads: int, target: Target) -> tuple[NativeOp, NativeOp]:
+    """Attention and the storing of keys, over a full cache of random keys."""
+    shape = AttentionShape(case.heads, case.kv_heads, case.head_size, case.head_size, case.head_size**-0.5)
+    n, total, rng = case.tokens, case.start + case.tokens, np.random.default_rng(0)
+    pages = -(-total // 64)
+    capacity = Capacity(tokens=n, pages=pages, pages_per_sequence=pages, cache_type=GGMLType.F16)
+    cache, tables, header = KVCache(shape, 1, capacity), StepTables.of(shape, capacity), StepHeader()
+    elements = cache.layers[0].view(np.float16)
+    elements[:] = rng.standard_normal(elements.size, dtype=np.float32)
+    tables.pages[0] = rng.permutation(pages)
+    tables.positions[:] = np.arange(case.start, total)
+    header.set("tokens", n)
+    tiles, _ = attention.tile(tables.positions, tables.slots, case.heads // case.kv_heads, 0, tables.tiles)
+    header.set("last_tile", tiles)
+
+    def rows(width: int) -> Region:
+        return Region(rng.standard_normal((n, width), dtype=np.float32), header.address("tokens"))
+
+    q, memory = rows(shape.q_width), attention.scratch(cache, threads)
+    attend = attention.bind(q, rows(shape.q_width), tables, header, cache, 0, memory, threads, target)
+    store = rotate_store.bind(rows(shape.q_width + 2 * shape.kv_width), q, tables, cache, 0, target)
+    return attend, store
+
+
+def seconds(team: Team, operation: NativeOp, repeat: int) -> float:
+    clock = time.thread_time if team.threads == 1 else time.perf_counter
+    program, took = native_program([operation]), []
+    for _ in range(repeat):
+        begin = clock()
+        with team.step():
+            team.run(program)
+        took.append(clock() - begin)
+    return statistics.median(took)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--lowering")
+    parser.add_argument("--repeat", type=int, default=9)
+    options = parser.parse_args()
+    target = host(options.lowering)
+    for threads in map(int, options.threads.split(",")):
+        team = Team(threads)
+        print(f"{target.lowering}, {threads} threads")
+        for case in CASES:
+            attend, store = bound(case, threads, target)
+            took = seconds(team, attend, options.repeat)
+            seen = sum(range(case.start + 1, case.start + case.tokens + 1))
+            operations = 4 * seen * case.heads * case.head_size
+            read = 4 * (case.start + case.tokens) * case.kv_heads * case.head_size
+            storing = seconds(team, store, options.repeat)
+            print(
+                f"  {case.name:30} {1e3 * took:9.3f} ms {operations / took / 1e9:7.1f} GFLOP/s"
+                f" {read / took / 1e9:6.1f} GB/s; storing {1e3 * storing:7.3f} ms"
+            )
+        team.close()
+
+
+if __name__ == "__main__":
+    main()
