@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Notices"]
+__all__ = ["COMPILING", "Notices"]
+
+COMPILING = "compiling kernels for this processor, once"
+"""What the CPU backend says too, when a model is loaded and kernels are missing."""
 
 
 class Notices:
@@ -16,6 +19,7 @@ class Notices:
         self._quiet = quiet
         self._terminal = sys.stderr.isatty()
         self._passing = False
+        self._announced = False
 
     def line(self, text: str) -> None:
         """A line as it is."""
@@ -28,8 +32,8 @@ class Notices:
         if self._terminal and not self._quiet:
             print(f"\r\033[K{text} ...", end="", file=sys.stderr, flush=True)
             self._passing = True
-        elif text.startswith("compiling"):
-            self.line(f"phiquant: {text}")
+        elif text == COMPILING:
+            self._announce()
 
     def clear(self) -> None:
         """Removes what `progress` left on the terminal."""
@@ -46,16 +50,16 @@ class Notices:
         """While inside, the first kernel that has to be compiled is announced: it happens once for each processor."""
         from ..kernels.cpu import library
 
-        said = False
-
-        def announce(name: str) -> None:
-            nonlocal said
-            if not said:
-                said = True
-                self.line("phiquant: compiling kernels for this processor, once")
+        def announce(kernel: str) -> None:
+            self._announce()
 
         library.on_compile.append(announce)
         try:
             yield
         finally:
             library.on_compile.remove(announce)
+
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
+            self.line(f"phiquant: {COMPILING}")
