@@ -1,8 +1,10 @@
 """The compiled quantizers and dequantizers: the reference's bytes, on every lowering that runs here."""
 
 import ctypes
+import re
 from concurrent.futures import ThreadPoolExecutor
 
+import llvmlite.binding as llvm
 import ml_dtypes
 import numpy as np
 import pytest
@@ -117,6 +119,31 @@ def test_every_lowering_gives_the_same_bytes(type, lowering, monkeypatch):
     assert np.array_equal(found, expected)
     assert np.array_equal(from_half, quants.quantize(quants.dequantize(half, GGMLType.F16, x.shape), type))
     assert np.array_equal(back, quants.dequantize(expected, type, x.shape))
+
+
+@pytest.mark.parametrize("type", [GGMLType.Q4_0, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q6_K])
+@pytest.mark.parametrize("arm", [False, True])
+def test_no_operation_is_contracted_and_nothing_is_called(type, arm, monkeypatch):
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = target.host()
+    if arm:
+        machine = target.Target("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+dotprod", "neon")
+    written = []
+
+    def assemble(name, arguments, body):
+        written.append(module.library.emit_assembly(name, arguments, body, machine))
+        return 1
+
+    monkeypatch.setattr(module.library, "function", assemble)
+    module._quantizer.cache_clear()
+    try:
+        module._quantizer(type, GGMLType.F16, True)
+    finally:
+        module._quantizer.cache_clear()
+    (assembly,) = written
+    assert re.search(r"fmul|mulps", assembly), "this must be the code of a quantizer"
+    assert not re.findall(r"\n\t(?:v?fn?m(?:add|sub|la|ls)\w*|call\w*|blr?)\t.*", assembly)
 
 
 @given(st.sampled_from(BLOCKED), st.sampled_from(FLOATS), st.integers(1, 70), st.integers(0, 2**32))
