@@ -1,0 +1,66 @@
+"""What kernels become on processors and systems that this machine is not."""
+
+import re
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+import pytest
+
+from phiquant.kernels.cpu import attention, rms_norm, rotate_store, select_rows, swiglu, team
+from phiquant.kernels.cpu.emit import Emitter, Value
+from phiquant.kernels.cpu.library import emit_assembly
+from phiquant.kernels.cpu.target import Target
+
+pytestmark = pytest.mark.cpu
+
+AVX2 = "+avx2,+fma,+f16c"
+TARGETS = {
+    "arm linux": (Target("aarch64-unknown-linux-gnu", "generic", "+neon,+dotprod", "neon"), "fmla"),
+    "arm mac": (Target("arm64-apple-darwin", "apple-m1", "", "neon"), "fmla"),
+    "avxvnni": (Target("x86_64-unknown-linux-gnu", "alderlake", f"+avxvnni,{AVX2}", "avxvnni"), "vfmadd"),
+    "windows": (Target("x86_64-pc-windows-msvc", "haswell", AVX2, "avx2"), "vfmadd"),
+}
+KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
+    "attention": (4, attention._emitter(96, True)),
+    "rms_norm": (4, rms_norm._emit),
+    "swiglu": (4, swiglu._emit),
+    "select_rows": (4, select_rows._emit),
+    "rotate_store": (4, rotate_store._emitter(True)),
+}
+
+
+def named(assembly: str) -> set[str]:
+    """Functions that are called, or whose address is taken to be."""
+    return set(re.findall(r"\b(fmaf|expf|nearbyintf|sqrtf|memcpy|__\w*hf\w*|__gnu_\w+)\b", assembly))
+
+
+@pytest.fixture(params=TARGETS)
+def case(request: pytest.FixtureRequest) -> tuple[Target, str]:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    return TARGETS[request.param]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_instructions_alone(case: tuple[Target, str], name: str) -> None:
+    target, fused = case
+    arguments, body = KERNELS[name]
+    assembly = emit_assembly(name, arguments, body, target)
+    assert named(assembly) == set()
+    assert (fused in assembly) == (name in ("attention", "rms_norm", "swiglu"))
+
+
+def test_threads_wait_as_the_system_has_it(case: tuple[Target, str]) -> None:
+    target, _ = case
+
+    def stop(e: Emitter, address: Value, _: Value) -> None:
+        team._emit_stop(e, address)
+
+    work = emit_assembly("work", 2, team._emit_work, target)
+    ending = emit_assembly("stop", 2, stop, target)
+    linux = "linux" in target.triple
+    assert ("syscall" in work) == ("syscall" in ending) == linux
+    assert ("nanosleep" in work) == ("darwin" in target.triple)
+    assert ("SwitchToThread" in work) == ("windows" in target.triple)
+    assert ("pause" in work) == target.triple.startswith("x86_64")
+    assert bool(re.search(r"^\s+(yield|hint\s+#1)", work, re.MULTILINE)) == (target.lowering == "neon")
