@@ -6,7 +6,7 @@ from pathlib import Path
 
 from phiquant.errors import RequestError
 
-__all__ = ["resolve"]
+__all__ = ["local", "resolve"]
 
 _PATTERNS = [
     "config.json",
@@ -28,13 +28,13 @@ def resolve(model: str | Path, *, quiet: bool = False) -> Path:
 
     `owner/name/file.gguf` fetches that one file. RequestError says in one sentence what stands in the way.
     """
-    path = Path(model)
-    if path.exists():
+    path = local(model)
+    if path is not None:
         return path
     match = _REPOSITORY.fullmatch(str(model))
     if match is None or ".." in str(model):
         raise RequestError(
-            f"{model} is neither a file, a directory nor a repository id (owner/name or owner/name@revision)."
+            f"{str(model)[:200]!r} is neither a file, a directory nor a repository id (owner/name[@revision])."
         )
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its __all__
@@ -49,6 +49,14 @@ def resolve(model: str | Path, *, quiet: bool = False) -> Path:
         return str(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))
 
     return Path(_translated(fetch, str(model), repository, revision))
+
+
+def local(model: str | Path) -> Path | None:
+    """Return the path if something exists there; None for what does not exist or cannot be a path at all."""
+    try:
+        return Path(model) if Path(model).exists() else None
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return None
 
 
 def _translated(fetch: Callable[[], str], model: str, repository: str, revision: str | None) -> str:
@@ -70,6 +78,8 @@ def _translated(fetch: Callable[[], str], model: str, repository: str, revision:
     except errors.RevisionNotFoundError as exc:
         raise RequestError(f"{repository} has no revision {revision!r}; check the branch, tag or commit.") from exc
     except errors.LocalEntryNotFoundError as exc:
+        if isinstance(exc.__cause__, errors.HfHubHTTPError):
+            raise RequestError(f"The Hub does not give out {repository}: {_first_line(exc.__cause__)}.") from exc
         raise RequestError(
             f"{model} is no file or directory here, and the Hub cannot be reached; "
             "check the network (and HF_HUB_OFFLINE), or give the path of a downloaded checkpoint."

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from phiquant.convert import hub
 from phiquant.convert.entries import Entry
 from phiquant.convert.filetypes import Target, parse_file_type
 from phiquant.convert.plan import Plan, plan_convert, plan_quantize
@@ -75,7 +76,8 @@ def convert(
     `outtype`: auto (as stored), f32, f16, bf16, q8_0, or any file type of `quantize`. Errors: CheckpointError,
     ArchitectureError, WeightsError (NaN or infinity without `keep_nan`), OutputError, RequestError.
     """
-    if Path(model).is_file():
+    path = hub.local(model)
+    if path is not None and path.is_file():
         raise RequestError(
             f"{model} is a file; `convert` takes a checkpoint's directory or a repository id, `quantize` a GGUF file."
         )

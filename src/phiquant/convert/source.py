@@ -55,8 +55,8 @@ class Source(Protocol):
 
 def open_source(model: str | Path, *, quiet: bool = False) -> "CheckpointSource | GGUFSource":
     """Open a GGUF file, a checkpoint directory, or a repository id of the Hub (fetched first)."""
-    path = Path(model)
-    if path.is_file():
+    path = hub.local(model)
+    if path is not None and path.is_file():
         return GGUFSource(path)
     resolved = hub.resolve(model, quiet=quiet)
     return GGUFSource(resolved) if resolved.is_file() else CheckpointSource(resolved)
