@@ -39,10 +39,10 @@ class _Block:
         if plane.run == 1:  # consecutive elements lie in consecutive bits
             byte, _ = plane.place(element)
             word = e.load(self.at(plane.field, byte), I16).zext(I32)
-            found = e.splat(word, _LANES).lsr(e.const(vec(I32, _LANES), list(range(_LANES)))) & 1
-            return found << plane.shift
+            bits = e.splat(word, _LANES).lsr(e.const(vec(I32, _LANES), list(range(_LANES)))) & 1
+            return bits << plane.shift
         byte, bit = plane.place(element)
-        found = e.load(self.at(plane.field, byte), vec(I8, _LANES)).lsr(bit) & (2**plane.bits - 1)
+        found = e.load(self.at(plane.field, byte), vec(I8, _LANES)).lsr(bit) & ((1 << plane.bits) - 1)
         return found.zext(I32) << plane.shift
 
     def levels(self, element: int) -> Value:

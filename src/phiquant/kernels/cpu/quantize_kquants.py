@@ -124,8 +124,8 @@ def _emit_ranged(k: Kernel, weighted: bool, r: _Ranged) -> None:
             reals.append(real)
         packed = _pack_scales(*([column.int_at(j) for j in range(r.count)] for column in integers))
         for column, stored in zip(integers, _unpack_scales(packed), strict=True):
-            for j, value in enumerate(stored):
-                column.put(j, value)
+            for place, value in enumerate(stored):
+                column.put(place, value)
         with e.loop(0, r.count) as j:
             part = x.start(j * n)
             scale = reals[0] * integers[0].int_at(j).to_float()
@@ -182,6 +182,17 @@ def _plain_scales(k: Kernel, values: Column, r: _Ranged, levels: Column) -> Valu
     return peak.get() / float(r.most)
 
 
+def _pack_signed(scales: list[Value]) -> list[Value]:
+    """The 12 bytes of Q3_K's scales, each below 64."""
+    packed = [(scales[j] & 15) | (scales[j + 8] << 4) for j in range(8)]
+    for j in range(4):
+        top = scales[j].lsr(4)
+        for turn in range(1, 4):
+            top = top | (scales[j + 4 * turn].lsr(4) << (2 * turn))
+        packed.append(top)
+    return packed
+
+
 def _emit_q3_k(k: Kernel, weighted: bool) -> None:
     e = k.e
     x, levels, scales, integers = k.column(256), k.column(256), k.column(16), k.column(16)
@@ -224,13 +235,7 @@ def _emit_q3_k(k: Kernel, weighted: bool) -> None:
             )
         bits, real = k.half(unit)
         _levels_again(k, x, real, integers, 4, lambda i, v: levels.int_at(i))
-        bytes_ = [integers.int_at(j) + 32 for j in range(16)]
-        packed = [(bytes_[j] & 15) | (bytes_[j + 8] << 4) for j in range(8)]
-        for j in range(4):
-            top = bytes_[j].lsr(4)
-            for turn in range(1, 4):
-                top = top | (bytes_[j + 4 * turn].lsr(4) << (2 * turn))
-            packed.append(top)
+        packed = _pack_signed([integers.int_at(j) + 32 for j in range(16)])
         fields: dict[str, Value | Column] = {"d": bits, "scales": k.words(packed)}
         fields.update({plane.field: k.pack(plane, x) for plane in k.entry.planes})
         k.store(first, fields)
