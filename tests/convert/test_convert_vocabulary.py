@@ -167,11 +167,11 @@ def test_special_ids_without_tokenizer_json(files: Path) -> None:
 
 def test_ends_of_turn(files: Path) -> None:
     found = keys(files)
-    assert found["phiquant.eos_token_ids"].tolist() == [32000]
+    assert found["phiquant.tokenizer.eos_token_ids"].tolist() == [32000]
     assert "tokenizer.ggml.eot_token_id" not in found
     edit(files / "generation_config.json", eos_token_id=[32001, 32007, 32000])
     found = keys(files)
-    assert found["phiquant.eos_token_ids"].tolist() == [32001, 32007, 32000]
+    assert found["phiquant.tokenizer.eos_token_ids"].tolist() == [32001, 32007, 32000]
     assert found["tokenizer.ggml.eos_token_id"] == 32000
     assert found["tokenizer.ggml.eot_token_id"] == 32007
     for bad in ("x", [32064], -1, [True], 1.5):

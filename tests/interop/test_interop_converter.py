@@ -26,7 +26,7 @@ EXPLAINED = {
     "tokenizer.ggml.eot_token_id": "from generation_config.json; llama.cpp's converter leaves it to be guessed",
     "tokenizer.chat_templates": "the names in the checkpoint's order; llama.cpp's are in that of a set",
     "phiquant.tokenizer.added_tokens": "our own",
-    "phiquant.eos_token_ids": "our own",
+    "phiquant.tokenizer.eos_token_ids": "our own",
     "phiquant.version": "our own",
 }
 CARD = """---

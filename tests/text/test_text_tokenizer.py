@@ -453,3 +453,13 @@ def test_from_a_gguf_file(tmp_path: Path, metadata: dict[str, Any], tokenizer: T
     assert loaded.chat_template is not None
     assert loaded.chat_template.is_known
     assert loaded.eog_ids == tokenizer.eog_ids
+
+
+def test_every_end_id_of_the_checkpoint_ends_a_reply(metadata: dict[str, Any]) -> None:
+    key = "phiquant.tokenizer.eos_token_ids"
+    assert 32001 not in Tokenizer.from_metadata(metadata).eog_ids
+    more = Tokenizer.from_metadata({**metadata, key: np.array([32007, 32001, 32000], np.uint32)})
+    assert {32000, 32001, 32007} <= more.eog_ids
+    for bad in ([1, 2], np.array([1.5]), np.array([32064]), np.array([-1])):
+        with pytest.raises(TokenizerError, match=key):
+            Tokenizer.from_metadata({**metadata, key: bad})

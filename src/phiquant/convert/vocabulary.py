@@ -19,9 +19,8 @@ from phiquant.errors import CheckpointError, UnsupportedError
 from phiquant.gguf import ValueType, keys
 from phiquant.text import AddedToken, TokenType, added_tokens_from_hf, added_tokens_to_json
 
-__all__ = ["END_IDS_KEY", "Pieces", "TokenizerFiles", "build_pieces", "strips_whitespace", "tokenizer_keys"]
+__all__ = ["Pieces", "TokenizerFiles", "build_pieces", "strips_whitespace", "tokenizer_keys"]
 
-END_IDS_KEY = "phiquant.eos_token_ids"  # every id that generation_config.json ends a turn with
 
 _PADDING_SCORE = -10000.0
 _ADDED_SCORE = -1000.0
@@ -97,7 +96,7 @@ def tokenizer_keys(files: TokenizerFiles, vocab_size: int) -> list[Entry]:
     if added:
         entries.append(string(keys.ADDED_TOKENS, added_tokens_to_json(added)))
     if ends:
-        entries.append(Entry(END_IDS_KEY, ValueType.ARRAY, np.array(ends, np.uint32), ValueType.UINT32))
+        entries.append(Entry(keys.END_IDS, ValueType.ARRAY, np.array(ends, np.uint32), ValueType.UINT32))
     return entries
 
 

@@ -91,6 +91,8 @@ CHAT_TEMPLATES: Final = "tokenizer.chat_templates"
 # A string: JSON, the `added_tokens` list of the checkpoint's tokenizer.json, whose lstrip, rstrip, normalized and
 # single_word GGUF has no place for.
 ADDED_TOKENS: Final = "phiquant.tokenizer.added_tokens"
+# An array of uint32: every id with which the checkpoint's generation_config.json ends a reply; GGUF has keys for three.
+END_IDS: Final = "phiquant.tokenizer.eos_token_ids"
 
 
 class ArchitectureKeys:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phiquant.errors import TokenizerError, UnsupportedError
+from phiquant.gguf import keys
 
 PREFIX = "tokenizer.ggml."
 SUPPORTED_MODELS = ("llama",)
@@ -41,7 +42,7 @@ class Vocabulary:
     tokens: texts as the file has them (U+2581 for a space, `<0x0A>` for a byte).
     scores: float32, the SentencePiece log probability or rank (higher merges first).
     types: uint8, values of `TokenType`.
-    end_ids: ids named by the eos, eot, eom and fim keys and those whose text is in `END_TEXTS`.
+    end_ids: ids named by the eos, eot, eom and fim keys and by our own key, and those whose text is in `END_TEXTS`.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Vocabulary:
         ends = {eos_id, *(token_id(key) for key in _END_KEYS[1:])}
         texts_count = np.isin(types, (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN))
         ends.update(int(i) for i in np.flatnonzero(texts_count) if tokens[i] in END_TEXTS)
+        ends.update(_ids(metadata, keys.END_IDS, count))
         return cls(
             model=model,
             tokens=tokens,
@@ -143,6 +145,18 @@ def _typed(metadata: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
 def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
     value = _typed(metadata, key, bool, "true or false")
     return default if value is None else bool(value)
+
+
+def _ids(metadata: Mapping[str, Any], key: str, count: int) -> list[int]:
+    """The token ids under `key`, if it is there."""
+    value = metadata.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in "iu":
+        raise TokenizerError(f"{key} must be an array of integers")
+    if value.size and not (0 <= int(value.min()) and int(value.max()) < count):
+        raise TokenizerError(f"{key} names an id outside the vocabulary of {count} tokens")
+    return [int(i) for i in value]
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, count: int, kinds: str) -> npt.NDArray[Any]:
