@@ -154,7 +154,7 @@ def _ids(metadata: Mapping[str, Any], key: str, count: int) -> list[int]:
         return []
     if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in "iu":
         raise TokenizerError(f"{key} must be an array of integers")
-    if value.size and not (0 <= int(value.min()) and int(value.max()) < count):
+    if value.size and not (int(value.min()) >= 0 and int(value.max()) < count):
         raise TokenizerError(f"{key} names an id outside the vocabulary of {count} tokens")
     return [int(i) for i in value]
 
