@@ -218,6 +218,18 @@ def test_bad_cards_are_one_sentence(block: str) -> None:
         read_model_card(f"---\n{block}\n---\n")
 
 
+def test_a_card_cannot_grow() -> None:
+    """Ten levels of ten aliases each would be 10^10 items if they were ever printed."""
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11)]
+    card = "\n".join(
+        ["---", "a0: &a0 [x, x]", *levels, "license: *a10", "tags: *a10", "version: *a10", "author: 0x" + "f" * 9999]
+    )
+    card += "\nbase_model:\n- name: *a10\n  organization: Me\n---\n"
+    found = general(card=card)
+    assert found["base_model.0.organization"] == "Me"
+    assert not {"license", "tags", "version", "author", "base_model.0.name"} & set(found)
+
+
 def test_odd_values_in_a_card() -> None:
     found = general(
         card="---\nlicense: [mit, apache-2.0]\ntags: one\nlanguage: [en, 7]\nversion: 2\nauthor: {a: 1}\n---\n"

@@ -106,6 +106,8 @@ def test_unknown_architectures_are_named_with_the_known(name: Any) -> None:
         ({"hidden_size": True}, "hidden_size"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": 10**9}, "hidden_size"),
+        ({"num_hidden_layers": 2**23}, "from 1 to 4,096"),
+        ({"vocab_size": 2**23}, "from 1 to 1,048,576"),
         ({"hidden_size": 3073}, "not a multiple of num_attention_heads"),
         ({"num_key_value_heads": 5}, "not a multiple of num_key_value_heads"),
         ({"num_hidden_layers": "32"}, "num_hidden_layers"),

@@ -330,6 +330,7 @@ def test_overrides() -> None:
         "a=float:1e99",
         "a=bool:yes",
         "a=uint:1",
+        "a=str:\udcff",
         "a" * 200 + "=int:1",
     ):
         with pytest.raises(RequestError, match="--override-kv"):

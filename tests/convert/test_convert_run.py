@@ -310,6 +310,39 @@ class TestRefusals:
             quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", "Q8_0")
 
 
+def test_odd_tensors_of_a_gguf_file(tmp_path: Path) -> None:
+    """Types that are only copied, tensors without rows; a file without weights is refused."""
+    header = [("general.architecture", "phi3", ValueType.STRING), ("general.file_type", 30, ValueType.UINT32)]
+    header += [("phi3.block_count", 1, ValueType.UINT32), ("phi3.attention.head_count", 1, ValueType.UINT32)]
+    tensors = {
+        "blk.0.ffn_up.weight": ((4, 256), GGMLType.IQ4_XS),
+        "blk.0.ffn_down.weight": ((0, 256), GGMLType.F32),
+        "blk.0.numbers": ((3,), GGMLType.I32),
+    }
+    for chosen in (tensors, {"blk.0.ffn_down.weight": tensors["blk.0.ffn_down.weight"]}):
+        with GGUFWriter(tmp_path / "x.gguf") as writer:
+            for entry in header:
+                writer.add(*entry)
+            for name, (shape, kind) in chosen.items():
+                writer.add_tensor(name, shape, kind)
+            writer.begin()
+            for name, (shape, kind) in chosen.items():
+                writer.write(name, bytes([255]) * (shape[0] * kind.row_bytes(shape[-1]) if len(shape) > 1 else 12))
+            writer.commit()
+        if chosen is tensors:
+            plan = quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", "COPY").plan
+            assert {tensor.name: tensor.type for tensor in plan.tensors} == {
+                n: kind for n, (_, kind) in tensors.items()
+            }
+            with GGUFFile.open(tmp_path / "y.gguf") as file:
+                assert set(file.data("blk.0.ffn_up.weight").tolist()) == {255}
+            with pytest.raises(UnsupportedError, match="IQ4_XS"):
+                quantize(tmp_path / "x.gguf", tmp_path / "z.gguf", "Q8_0", allow_requantize=True)
+        else:
+            with pytest.raises(WeightsError, match="no weights"):
+                quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", "COPY")
+
+
 def debris(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 

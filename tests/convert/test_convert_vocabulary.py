@@ -226,6 +226,18 @@ class TestTemplates:
             keys(files)
 
 
+def test_text_that_is_no_unicode(checkpoint: Callable[..., Path]) -> None:
+    from phiquant.convert.source import CheckpointSource
+
+    directory = checkpoint()
+    edit(directory / "tokenizer_config.json", chat_template="\ud800")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.chat_template a text that is not valid Unicode"):
+        CheckpointSource(directory)
+    edit(directory / "tokenizer_config.json", chat_template=[{"name": "x" * 300, "template": "t"}])
+    with pytest.raises(CheckpointError, match="too long for GGUF"):
+        CheckpointSource(directory)
+
+
 def test_a_name_that_llama_cpp_knows_as_phi_3(checkpoint: Callable[..., Path]) -> None:
     from phiquant.convert.source import CheckpointSource
 

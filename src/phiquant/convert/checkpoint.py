@@ -17,7 +17,7 @@ __all__ = ["Checkpoint", "StoredTensor", "read_json", "read_text"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_MAX_TEXT_BYTES = 256_000_000  # tokenizer.json of a 200,000-token vocabulary has some 20 MB
+_MAX_TEXT_BYTES = 64_000_000  # tokenizer.json of a 200,000-token vocabulary has some 20 MB
 
 
 class Checkpoint:

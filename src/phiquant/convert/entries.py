@@ -1,10 +1,16 @@
 """One metadata entry on its way into a GGUF file, and short ways to make one."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from phiquant.errors import CheckpointError
 from phiquant.gguf.types import ValueType
 
-__all__ = ["Entry", "boolean", "float32", "int32", "string", "strings", "uint32"]
+__all__ = ["Entry", "boolean", "check_entries", "float32", "int32", "string", "strings", "uint32"]
+
+
+_MAX_KEY = 255
+_MAX_TEXT = 2**24
 
 
 class Entry(NamedTuple):
@@ -14,6 +20,18 @@ class Entry(NamedTuple):
     type: ValueType
     value: Any
     item_type: ValueType | None = None
+
+
+def check_entries(entries: Iterable[Entry], origin: str) -> None:
+    """Raise CheckpointError for a key or text that GGUF cannot hold: no Unicode (a lone surrogate), or too long."""
+    for entry in entries:
+        texts = entry.value if entry.item_type is ValueType.STRING else [entry.value] * (entry.type is ValueType.STRING)
+        try:
+            longest = max((len(text.encode()) for text in texts), default=0)
+        except UnicodeEncodeError as exc:
+            raise CheckpointError(f"{origin} gives {entry.key[:60]} a text that is not valid Unicode.") from exc
+        if len(entry.key) > _MAX_KEY or longest > _MAX_TEXT:
+            raise CheckpointError(f"{origin} gives {entry.key[:60]} a name or text too long for GGUF.")
 
 
 def string(key: str, value: str) -> Entry:

@@ -222,10 +222,10 @@ def _fields(name: str, card: Mapping[str, Any], config: Mapping[str, Any], param
     found: dict[str, str] = {}
     for field, keys in _CARD_FIELDS.items():
         value = next((card[key] for key in keys if card.get(key) is not None), None)
-        if isinstance(value, list):
-            value = ",".join(str(item) for item in value)
-        if isinstance(value, str | int | float):
-            found[field] = str(value)
+        items = value if isinstance(value, list) else [value]
+        texts = [text for text in map(_plain, items) if text is not None]
+        if texts:
+            found[field] = ",".join(texts)
     identifiers = [name]
     origin = config.get("_name_or_path")
     if isinstance(origin, str) and origin and origin.count("/") <= 1:  # more slashes are somebody's directories
@@ -269,7 +269,7 @@ def _references(kind: str, card: Mapping[str, Any], keys: tuple[str, ...], param
     entries = [uint32(f"general.{kind}.count", len(described))]
     order = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
     for index, fields in enumerate(described):
-        entries += [string(f"general.{kind}.{index}.{key}", str(fields[key])) for key in order if key in fields]
+        entries += [string(f"general.{kind}.{index}.{key}", text) for key in order if (text := _plain(fields.get(key)))]
     return entries
 
 
@@ -296,6 +296,13 @@ def _reference(item: object, parameters: int) -> dict[str, Any]:
     if parts.organization and parts.name:
         found.setdefault("repo_url", f"https://huggingface.co/{parts.organization}/{parts.name}")
     return found
+
+
+def _plain(value: object) -> str | None:
+    """A string or number of a card as text, else None: aliases in YAML make lists of any size from a few bytes."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int | float) and abs(value) < 2**63 else None
 
 
 def _title(text: str) -> str:

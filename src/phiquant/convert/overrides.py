@@ -24,6 +24,8 @@ def parse_override(text: str) -> Entry:
 
     Whole numbers are stored as unsigned 32-bit ones, as llama-quantize does.
     """
+    if not text.isascii() and text.encode(errors="replace").decode() != text:  # bytes of argv that are not UTF-8
+        raise RequestError(f"--override-kv {text!r} is not valid Unicode.")
     key, equals, rest = text.partition("=")
     kind, colon, value = rest.partition(":")
     if not key or not equals or not colon or len(key.encode()) > _MAX_KEY:

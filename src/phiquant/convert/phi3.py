@@ -19,7 +19,8 @@ __all__ = ["ARCHITECTURE", "KNOWN_ARCHITECTURES", "Settings", "architecture_keys
 ARCHITECTURE = "phi3"
 KNOWN_ARCHITECTURES = ("Phi3ForCausalLM",)
 
-_MAX_DIMENSION = 2**24  # far beyond any model; keeps products of two in 64 bits
+# far beyond any model; tables of this many tokens or layers are made before a tensor is looked at
+_MAX_DIMENSION, _MAX_VOCABULARY, _MAX_LAYERS = 2**24, 2**20, 4096
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -86,10 +87,10 @@ class Settings:
         original = rope.count("original_max_position_embeddings", 4096, top=True)
         long, short, factor = _long_rope(rope, rotary // 2, context, original)
         return cls(
-            vocab_size=fields.count("vocab_size"),
+            vocab_size=fields.count("vocab_size", most=_MAX_VOCABULARY),
             hidden_size=hidden,
             intermediate_size=fields.count("intermediate_size"),
-            layers=fields.count("num_hidden_layers"),
+            layers=fields.count("num_hidden_layers", most=_MAX_LAYERS),
             heads=heads,
             kv_heads=kv_heads,
             context=context,
@@ -234,16 +235,14 @@ class _Fields:
         value = self.values.get(key)
         return self._outer.get(key) if value is None and top else value
 
-    def count(self, key: str, default: int | None = None, *, top: bool = False) -> int:
+    def count(self, key: str, default: int | None = None, *, top: bool = False, most: int = _MAX_DIMENSION) -> int:
         value = self._get(key, top)
         if value is None:
             if default is None:
                 raise CheckpointError(f"config.json lacks {key}.")
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_DIMENSION:
-            raise CheckpointError(
-                f"config.json: {key} is {_short(value)}, not a whole number from 1 to {_MAX_DIMENSION:,}."
-            )
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise CheckpointError(f"config.json: {key} is {_short(value)}, not a whole number from 1 to {most:,}.")
         return value
 
     def number(self, key: str, default: float, *, top: bool = False, most: float = 1e30) -> float:

@@ -16,7 +16,8 @@ from phiquant.convert.recipes import (
     plan_conversion,
     plan_quantization,
 )
-from phiquant.convert.source import CheckpointSource, GGUFSource, model_of
+from phiquant.convert.source import CheckpointSource, GGUFSource, Source, model_of
+from phiquant.errors import WeightsError
 from phiquant.gguf import FileType, GGMLType, ValueType
 
 __all__ = ["Plan", "plan_convert", "plan_quantize"]
@@ -42,7 +43,7 @@ _SCALAR_BYTES = {
 class Plan:
     """An output file in every detail; `tensors` in the file's order."""
 
-    source: CheckpointSource | GGUFSource
+    source: Source
     target: Target
     path: Path
     tensors: Sequence[PlannedTensor]
@@ -87,7 +88,7 @@ def plan_convert(source: CheckpointSource, outtype: str, path: Path | None) -> P
 
 
 def plan_quantize(
-    source: CheckpointSource | GGUFSource,
+    source: Source,
     target: Target,
     path: Path | None,
     options: Options,
@@ -101,6 +102,8 @@ def plan_quantize(
         tensors = [Tensor(t.name, t.shape, _lossless(t)) for t in tensors]
     entries = apply_overrides(source.entries(target.file_type), overrides)
     planned = plan_quantization(tensors, target, model_of(entries, str(source.files[0])), options)
+    if not any(tensor.nbytes for tensor in planned):
+        raise WeightsError(f"{source.files[0]} holds no weights.")
     if not allow_requantize:
         check_requantization(planned)
     stored = {tensor.name: tensor.type for tensor in source.tensors}
@@ -122,7 +125,7 @@ def _usual_type(tensors: Iterable[Tensor]) -> str:
     return "f16"
 
 
-def _output(source: CheckpointSource | GGUFSource, target: Target, path: Path | None) -> Path:
+def _output(source: Source, target: Target, path: Path | None) -> Path:
     """The given path, or NAME-TYPE.gguf: in the given directory, beside a GGUF source, or in the current directory."""
     if path is not None and not path.is_dir():
         return path

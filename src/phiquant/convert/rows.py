@@ -50,8 +50,8 @@ def convert_rows(
 
 def first_bad_row(data: _Bytes, kind: GGMLType, rows: int) -> int | None:
     """Return the first of `rows` rows that holds NaN or infinity (quantized: as a block's scale), else None."""
-    if not data.size:
-        return None
+    if not data.size or (kind not in _INFINITY and kind not in quants.QUANTIZABLE):
+        return None  # integers, and types that are only ever copied
     if kind in _INFINITY:
         width, infinity = _INFINITY[kind]
         fields = [data.view(f"<u{width}").reshape(rows, -1)]

@@ -201,6 +201,8 @@ def _blamed(chunk: _Chunk, data: npt.NDArray[np.uint8]) -> WeightsError:
 def _chunks(tensors: Iterable[PlannedTensor]) -> Iterator[_Chunk]:
     """Every row of every tensor, in order, in pieces of about _CHUNK_BYTES of the source."""
     for tensor in tensors:
+        if not tensor.nbytes:
+            continue
         step = max(1, _CHUNK_BYTES // tensor.source.row_bytes(tensor.shape[-1]))
         for row in range(0, tensor.rows, step):
             yield _Chunk(tensor, row, min(step, tensor.rows - row))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import phiquant
 from phiquant.convert import hub, phi3
 from phiquant.convert.checkpoint import Checkpoint
-from phiquant.convert.entries import Entry, string, uint32
+from phiquant.convert.entries import Entry, check_entries, string, uint32
 from phiquant.convert.metadata import general_metadata, model_name, read_model_card
 from phiquant.convert.positioned import PositionedFile
 from phiquant.convert.recipes import Model, Tensor
@@ -53,7 +53,7 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(model: str | Path, *, quiet: bool = False) -> "CheckpointSource | GGUFSource":
+def open_source(model: str | Path, *, quiet: bool = False) -> "Source":
     """Open a GGUF file, a checkpoint directory, or a repository id of the Hub (fetched first)."""
     path = hub.local(model)
     if path is not None and path.is_file():
@@ -104,6 +104,7 @@ class CheckpointSource:
             files = TokenizerFiles.read(directory, checkpoint.config)
             self._tokenizer = tokenizer_keys(files, self._settings.vocab_size)
             self._general = self._describe(strips=strips_whitespace(files))
+            check_entries([*self._general, *self._tokenizer], str(directory))
         except BaseException:
             checkpoint.close()
             raise
@@ -173,7 +174,7 @@ class GGUFSource:
             self._offsets = {info.name: file.data_offset + info.offset for info in file.tensors.values()}
             self._sizes = {info.name: info.nbytes for info in file.tensors.values()}
             self.tensors: Sequence[Tensor] = [
-                Tensor(info.name, info.shape, info.type) for info in file.tensors.values()
+                Tensor(info.name, info.shape or (1,), info.type) for info in file.tensors.values()
             ]
             self._entries = [
                 Entry(key, field.type, field.value, field.item_type)
