@@ -101,7 +101,9 @@ class LlamaCpp:
         self._run(_QUANTIZE, source=str(source), ftype=int(ftype), pure=pure, out=str(out))
         return out
 
-    def tokenize(self, model: Path, texts: Sequence[str], *, special: bool = True, bos: bool = False) -> list[list[int]]:
+    def tokenize(
+        self, model: Path, texts: Sequence[str], *, special: bool = True, bos: bool = False
+    ) -> list[list[int]]:
         """Ids of each text."""
         return json.loads(self._run(_TOKENIZE, model=str(model), texts=list(texts), special=special, bos=bos))
 
