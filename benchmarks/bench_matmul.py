@@ -108,7 +108,6 @@ def reading(data: NDArray[np.uint8], target: Target) -> NativeOp:
             done(ticket >= total)
             base = at + ticket * (1 << 20)
             with e.loop(0, 1 << 20, 256) as i:
-                e.prefetch(base + i + 4096)
                 for j, s in enumerate(sums):
                     s.set(s.get() + e.load(base + i + 64 * j, vec(I32, 16), align=64))
         e.store(sums[0].get() + sums[1].get() + sums[2].get() + sums[3].get(), e.load(block + 16, I64) + thread * 4096)

@@ -38,9 +38,13 @@ class FloatFormat(Format):
         """Bytes of 16 rows."""
         return columns * LANES * self.size
 
+    def panels(self, target: Target) -> int:
+        """Panels of a tile for many columns."""
+        return 4 if target.vector_bytes == 64 else 1
+
     def tile(self, target: Target) -> int:
         """Columns of a tile for many columns."""
-        return 12 if target.vector_bytes == 64 else 4 if target.vector_bytes == 32 else 2
+        return 6 if target.vector_bytes >= 32 else 2
 
     def pack(self, e: Emitter, rows: list[Value], panel: Value, columns: Value) -> None:
         """Emit the interleaving of 16 rows."""
@@ -63,34 +67,27 @@ class FloatFormat(Format):
         return half_to_float(e, bits) if self.kind == "half" else bfloat_to_float(e, bits)
 
     def unpacked_bytes(self, panels: int) -> int:
-        """Bytes of an unpacked chunk."""
-        return panels * CHUNK * LANES * 4
+        """None: widening is cheaper than storing what was widened."""
+        return 0
 
-    def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> None:
-        """Emit the unpacking of a chunk."""
-        with e.loop(0, left) as k:
-            for p, chunk in enumerate(chunks):
-                to = scratch + (k * len(chunks) + p) * (4 * LANES)
-                e.store(self._widened(e, chunk + k * (LANES * self.size)), to, align=64)
+    def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> list[Value]:
+        """Chunks are used as they are stored."""
+        return chunks
 
-    def many(self, e: Emitter, scratch: Value, x: list[Value], sums: Floats, left: Value) -> Floats:
-        """Emit a tile over an unpacked chunk."""
-        panels = len(sums)
+    def many(self, e: Emitter, weights: list[Value], x: list[Value], sums: Floats, left: Value) -> Floats:
+        """Emit a tile over a chunk of each panel."""
 
-        def weights(k: Value) -> list[Value]:
-            at = scratch + k * (4 * LANES * panels)
-            return [e.load(at + 4 * LANES * p, vec(F32, LANES), align=64) for p in range(panels)]
+        def widened(k: Value) -> list[Value]:
+            return [self._widened(e, chunk + k * (LANES * self.size)) for chunk in weights]
 
-        totals = self._products(e, weights, panels, x, left)
+        totals = self._products(e, widened, len(sums), x, left)
         return [[s + t for s, t in zip(*lines, strict=True)] for lines in zip(sums, totals, strict=True)]
 
     def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
         """Emit a tile over a chunk as it is stored."""
 
         def weights(k: Value) -> list[Value]:
-            at = chunk + k * (LANES * self.size)
-            e.prefetch(at + 4096)
-            return [self._widened(e, at)]
+            return [self._widened(e, chunk + k * (LANES * self.size))]
 
         (totals,) = self._products(e, weights, 1, x, left)
         return [s + t for s, t in zip(sums, totals, strict=True)]

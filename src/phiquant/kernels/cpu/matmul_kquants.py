@@ -1,12 +1,17 @@
 """Panels of Q2_K to Q6_K: 16 rows of a super-block of 256 weights, interleaved by groups of 4 bytes.
 
-Offsets in bytes of a panel's chunk; `x 16` means once for each row:
+A panel's chunk is laid out in the order in which it is read: the processor's own prefetcher follows ascending addresses
+only (Q6_K with its two planes apart came from memory at a third of the speed). Offsets in bytes; `x 16` means once for
+each row:
 
     Q2_K   d 0, dmin 32, scales 64 (words of two bytes x 16: sub-blocks 2 j and 2 j + 1), qs 320
-    Q3_K   d 0, scales 32 (int8 x 16 for each sub-block, bias taken off), qs 288, hmask 1312
+    Q3_K   d 0, scales 64 (int8 x 16, in order of runs, bias taken off), hmask 320, qs 832
     Q4_K   d 0, dmin 32, scales 64 (uint8 x 16 for each sub-block), mins 192 (pairs of uint8 x 16), qs 320
-    Q5_K   as Q4_K, qh 2368
-    Q6_K   d 0, scales 32 (int8 x 16 for each sub-block), ql 288, qh 2336
+    Q5_K   as Q4_K up to mins, qh 320, qs 832
+    Q6_K   d 0, scales 64 (int8 x 16, in order of runs), then 8 low groups and 4 high ones for each run, 320 + 768 run
+
+Formats with 16 sub-blocks keep 4 levels in corresponding bits of neighbouring 32 weights. A run of theirs is half of
+the groups of bytes of half a super-block, and yields 4 sub-blocks that lie 32 weights apart.
 """
 
 from __future__ import annotations
@@ -55,10 +60,23 @@ def _integer_scale(e: Emitter, at: Value, signed: bool) -> Value:
     return (raw.sext(I32) if signed else raw.zext(I32)).to_float()
 
 
-class _Signed(KFormat):
-    """Q3_K and Q6_K: 16 sub-blocks, levels biased by a centre, signed scales at offset 32."""
+class _Sixteen(KFormat):
+    """Q2_K, Q3_K and Q6_K: 16 sub-blocks in 4 runs."""
 
-    span, run = 16, 8
+    span, run = 16, 4
+
+    def sub(self, position: Value) -> Value:
+        """Run 2 h + g yields sub-blocks 8 h + g + (0, 2, 4, 6)."""
+        return (position & 8) + ((position & 3) << 1) + ((position >> 2) & 1)
+
+
+def _position(sub: int) -> int:
+    """The inverse of `_Sixteen.sub`."""
+    return (sub & 8) + ((sub & 1) << 2) + (sub % 8 >> 1)
+
+
+class _Signed(_Sixteen):
+    """Q3_K and Q6_K: levels biased by a centre, signed scales at offset 64."""
 
     def __init__(self, centre: int, below: int) -> None:
         self.below = below
@@ -67,14 +85,14 @@ class _Signed(KFormat):
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
         """Scales of the sub-blocks of a run."""
         d = halves(e, chunk)
-        at = chunk + run * (8 * LANES) + 32
-        return [d * _integer_scale(e, at + s * LANES, signed=True) for s in range(8)]
+        at = chunk + run * (4 * LANES) + 64
+        return [d * _integer_scale(e, at + s * LANES, signed=True) for s in range(4)]
 
 
 class Q6K(_Signed):
     """256 weights of 6 bits: low nibbles in two halves of 64 bytes, high pairs of bits in two of 32."""
 
-    chunk_bytes, block_bytes = 3360, 210
+    chunk_bytes, block_bytes = 3392, 210
 
     def __init__(self) -> None:
         super().__init__(32, 64)
@@ -84,29 +102,29 @@ class Q6K(_Signed):
         e.store(gather(e, rows, 208, I16), chunk)
         for i in range(4):
             for j, byte in enumerate(_bytes(gather(e, rows, 192 + 4 * i, I32))):
-                e.store(byte.trunc(I8), chunk + (32 + (4 * i + j) * LANES))
-        _words(e, rows, 0, chunk, 288, 32)
-        _words(e, rows, 128, chunk, 2336, 16)
+                e.store(byte.trunc(I8), chunk + (64 + _position(4 * i + j) * LANES))
+        with e.loop(0, 4) as run:
+            at, part = chunk + run * (12 * ENTRY) + 320, (run & 1) * 16
+            low = [r + (run >> 1) * 64 + part for r in rows]
+            _words(e, low, 0, at, 0, 4)
+            _words(e, low, 32, at, 4 * ENTRY, 4)
+            _words(e, [r + (run >> 1) * 32 + part for r in rows], 128, at, 8 * ENTRY, 4)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
-        low_at, high_at = chunk + run * (16 * ENTRY) + 288, chunk + run * (8 * ENTRY) + 2336
-        low = [e.load(low_at + i * ENTRY, LEVELS) for i in range(16)]
-        high = [e.load(high_at + i * ENTRY, LEVELS) for i in range(8)]
-        subs = []
-        for turn in range(4):
-            quads = []
-            for i in range(8):
-                nibble = nibbles(low[i + 8 * (turn % 2)])[turn // 2]
-                quads.append(nibble | (_moved(high[i], 4 - 2 * turn) & 0x30))
-            subs += [quads[:4], quads[4:]]
-        return subs
+        at = chunk + run * (12 * ENTRY) + 320
+        low = [e.load(at + i * ENTRY, LEVELS) for i in range(8)]
+        high = [e.load(at + (8 + i) * ENTRY, LEVELS) for i in range(4)]
+        return [
+            [nibbles(low[i + 4 * (turn % 2)])[turn // 2] | (_moved(high[i], 4 - 2 * turn) & 0x30) for i in range(4)]
+            for turn in range(4)
+        ]
 
 
 class Q3K(_Signed):
     """256 weights of 3 bits: low pairs of bits in two halves of 32 bytes, top bits in 32 bytes, 8 to a byte."""
 
-    chunk_bytes, block_bytes = 1824, 110
+    chunk_bytes, block_bytes = 1856, 110
 
     def __init__(self) -> None:
         super().__init__(4, 8)
@@ -119,22 +137,20 @@ class Q3K(_Signed):
         for j in range(16):
             byte = (words[j // 4 % 2].lsr(8 * (j % 4)) & 255).lsr(4 * (j // 8)) & 15
             top = tops[j % 4].lsr(2 * (j // 4)) & 3
-            e.store(((byte | (top << 4)) - 32).trunc(I8), chunk + (32 + j * LANES))
-        _words(e, rows, 32, chunk, 288, 16)
-        _words(e, rows, 0, chunk, 1312, 8)
+            e.store(((byte | (top << 4)) - 32).trunc(I8), chunk + (64 + _position(j) * LANES))
+        _words(e, rows, 0, chunk, 320, 8)
+        _words(e, rows, 32, chunk, 832, 16)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
-        at = chunk + run * (8 * ENTRY) + 288
-        low = [e.load(at + i * ENTRY, LEVELS) for i in range(8)]
-        # Bits 4 run ... 4 run + 3 of the masks belong to this half.
-        shift = (run * 4).trunc(I16)
-        masks = [e.load(chunk + (1312 + i * ENTRY), vec(I16, 32)).lsr(shift).bits(LEVELS) for i in range(8)]
-        subs = []
-        for turn in range(4):
-            quads = [(_moved(low[i], -2 * turn) & 3) | (_moved(masks[i], 2 - turn) & 4) for i in range(8)]
-            subs += [quads[:4], quads[4:]]
-        return subs
+        at = chunk + run * (4 * ENTRY) + 832
+        low = [e.load(at + i * ENTRY, LEVELS) for i in range(4)]
+        # Bits 4 h ... 4 h + 3 of the masks belong to half h.
+        masks_at, shift = chunk + (run & 1) * (4 * ENTRY) + 320, ((run >> 1) * 4).trunc(I16)
+        masks = [e.load(masks_at + i * ENTRY, vec(I16, 32)).lsr(shift).bits(LEVELS) for i in range(4)]
+        return [
+            [(_moved(low[i], -2 * turn) & 3) | (_moved(masks[i], 2 - turn) & 4) for i in range(4)] for turn in range(4)
+        ]
 
 
 def _moved(v: Value, left: int) -> Value:
@@ -152,7 +168,7 @@ class Q4K(KFormat):
     def __init__(self, five: bool) -> None:
         self.five = five
         self.chunk_bytes, self.block_bytes = (2880, 176) if five else (2368, 144)
-        self.below = 32 if five else 16
+        self.below, self.qs = (32, 832) if five else (16, 320)
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
         """Interleave one super-block of 16 rows."""
@@ -166,19 +182,19 @@ class Q4K(KFormat):
             e.store(scales[j].trunc(I8), chunk + (64 + j * LANES))
         for j in range(4):
             e.store((mins[2 * j] | (mins[2 * j + 1] << 8)).trunc(I16), chunk + (192 + j * 2 * LANES))
-        _words(e, rows, 48 if self.five else 16, chunk, 320, 32)
         if self.five:
-            _words(e, rows, 16, chunk, 2368, 8)
+            _words(e, rows, 16, chunk, 320, 8)
+        _words(e, rows, 48 if self.five else 16, chunk, self.qs, 32)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
-        at = chunk + run * (8 * ENTRY) + 320
+        at = chunk + run * (8 * ENTRY) + self.qs
         low, high = [], []
         for i in range(8):
             a, b = nibbles(e.load(at + i * ENTRY, LEVELS))
             if self.five:
                 # Bits 2 run and 2 run + 1 of the plane; shifted so that they stand at 0 and 1.
-                top = e.load(chunk + (2368 + i * ENTRY), vec(I16, 32)).lsr((run * 2).trunc(I16)).bits(LEVELS)
+                top = e.load(chunk + (320 + i * ENTRY), vec(I16, 32)).lsr((run * 2).trunc(I16)).bits(LEVELS)
                 a, b = a | (_moved(top, 4) & 16), b | (_moved(top, 3) & 16)
             low.append(a)
             high.append(b)
@@ -196,11 +212,11 @@ class Q4K(KFormat):
         return pairs, halves(e, chunk + 32)
 
 
-class Q2K(KFormat):
+class Q2K(_Sixteen):
     """256 weights of 2 bits, 16 sub-blocks with scale (low nibble) and minimum (high nibble) in a byte."""
 
     chunk_bytes, block_bytes = 1344, 84
-    span, run, below, pairs = 16, 8, 4, 8
+    below, pairs = 4, 8
     activations = Activations(CHUNK, 16, "pairs")
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
@@ -216,19 +232,16 @@ class Q2K(KFormat):
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
-        at = chunk + run * (8 * ENTRY) + 320
-        packed = [e.load(at + i * ENTRY, LEVELS) for i in range(8)]
-        subs = []
-        for turn in range(4):
-            quads = [_moved(v, -2 * turn) & 3 for v in packed]
-            subs += [quads[:4], quads[4:]]
-        return subs
+        at = chunk + run * (4 * ENTRY) + 320
+        packed = [e.load(at + i * ENTRY, LEVELS) for i in range(4)]
+        return [[_moved(v, -2 * turn) & 3 for v in packed] for turn in range(4)]
 
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
         """Scales of the sub-blocks of a run."""
-        d, at = halves(e, chunk), chunk + run * (8 * LANES) + 64
+        d, at = halves(e, chunk), chunk + (run >> 1) * (8 * LANES) + 64
+        shift = ((run & 1) * 8).trunc(I16)
         words = [e.load(at + i * 2 * LANES, vec(I16, LANES)) for i in range(4)]
-        return [d * (words[s // 2].lsr(8 * (s % 2)) & 15).zext(I32).to_float() for s in range(8)]
+        return [d * (word.lsr(shift) & 15).zext(I32).to_float() for word in words]
 
     def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
         """Pairs of integer minimums and their unit."""

@@ -22,8 +22,8 @@ from .target import Target
 __all__ = ["ARGUMENTS", "LANES", "Floats", "Format", "body", "multiply_add"]
 
 LANES = 16  # rows of a panel
-FEW = 8  # up to so many columns the weights are not unpacked to memory
-BLOCK = 132  # most columns that share an unpacked chunk; a multiple of every tile
+FEW = 12  # up to so many columns the weights are not unpacked to memory
+BLOCK = 264  # most columns that share an unpacked chunk; a multiple of every tile
 
 ARGUMENTS = Arguments("count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add")
 
@@ -66,12 +66,12 @@ class Format(ABC):
         """Bytes of a chunk in the form that `many` reads."""
 
     @abstractmethod
-    def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> None:
-        """Emit the unpacking of one chunk (`left` columns of it exist) of each panel."""
+    def unpack(self, e: Emitter, chunks: list[Value], scratch: Value, left: Value) -> list[Value]:
+        """Emit the unpacking of one chunk (`left` columns of it exist) of each panel; where `many` finds it."""
 
     @abstractmethod
-    def many(self, e: Emitter, scratch: Value, x: list[Value], sums: Floats, left: Value) -> Floats:
-        """Emit a tile's chunk: unpacked weights times the chunks `x` of its columns, added to `sums`."""
+    def many(self, e: Emitter, weights: list[Value], x: list[Value], sums: Floats, left: Value) -> Floats:
+        """Emit a tile's chunk: what `unpack` returned times the chunks `x` of its columns, added to `sums`."""
 
     @abstractmethod
     def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
@@ -104,11 +104,16 @@ def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
     def work(ticket: Value) -> None:
         first = ticket * a["ticket"]
         with e.loop(first, e.min(first + a["ticket"], a["panels"])) as panel:
-            # Two columns and more are worth a wide tile, which computes but does not write what is beyond the last.
-            whole = (count + (wide - 2)).udiv(wide) * wide
-            with e.loop(0, whole, wide) as column:
+            # A tile computes what is beyond the last column rather than leave three, but does not write it.
+            start = (count + (1 if wide > 2 else 0)).udiv(wide) * wide
+            with e.loop(0, start, wide) as column:
                 _few_tile(e, f, a, panel, column, wide, edge)
-            with e.loop(whole, count) as column:
+            if wide > 2:
+                pair = e.max(start, start + ((count - start) & ~1))
+                with e.loop(start, pair, 2) as column:
+                    _few_tile(e, f, a, panel, column, 2, edge)
+                start = pair
+            with e.loop(start, count) as column:
                 _few_tile(e, f, a, panel, column, 1, edge)
 
     tickets(e, counter, (a["panels"] + a["ticket"] - 1).udiv(a["ticket"]), work)
@@ -156,9 +161,9 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
             e.store(zero, total + i, align=64)
         with e.loop(0, a["chunks"]) as chunk:
             left = e.min(a["columns"] - chunk * CHUNK, CHUNK)
-            here = [w + chunk * f.chunk_bytes for w in weights]
-            f.unpack(e, here, scratch, left)
-            for at in here:
+            stored = [w + chunk * f.chunk_bytes for w in weights]
+            unpacked = f.unpack(e, stored, scratch, left)
+            for at in stored:
                 with e.loop(f.chunk_bytes, 2 * f.chunk_bytes, 64) as line:
                     e.prefetch(at + line, locality=2)
             x = a["x"] + chunk * a["between"] + first_column * stride
@@ -166,7 +171,7 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
                 at, here = x + t * (tile * stride), total + t * tile_bytes
                 places = [[here + (c * panels + p) * 64 for c in range(tile)] for p in range(panels)]
                 sums = [[e.load(place, zero.type, align=64) for place in line] for line in places]
-                got = f.many(e, scratch, [at + c * stride for c in range(tile)], sums, left)
+                got = f.many(e, unpacked, [at + c * stride for c in range(tile)], sums, left)
                 for line, values in zip(places, got, strict=True):
                     for place, value in zip(line, values, strict=True):
                         e.store(value, place, align=64)
