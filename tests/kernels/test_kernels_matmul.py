@@ -108,6 +108,26 @@ def test_equals_exact_arithmetic(kind: GGMLType, each_target: Target, machine: A
 
 
 @every_type
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extremes_do_not_overflow(kind: GGMLType, sign: int, each_target: Target, machine: Any) -> None:
+    """All levels at an end of their range, all activations at an end of theirs: every partial sum at its largest."""
+    rng = np.random.default_rng(8)
+    weight = random_weight(kind, 32, 512, rng)
+    if kind.is_quantized:
+        blocks = weight.data.view(quants.block_dtype(kind))
+        units = {name: blocks[name].copy() for name in ("d", "dmin", "m") if name in (blocks.dtype.names or ())}
+        rows = weight.data.reshape(32, -1)
+        rows[:16], rows[16:] = 0xFF, 0x80 if kind is GGMLType.Q8_0 else 0
+        for name, values in units.items():
+            blocks[name] = values
+    x = np.full((14, 512), sign, np.float32)
+    out = product(machine, matmul.prepare(weight, threads=1, target=each_target), x, threads=2)
+    dense, exact_x = operands(weight, x)
+    bound = 3e-6 * (np.abs(exact_x) @ np.abs(dense).T).max()
+    np.testing.assert_allclose(out, exact_x @ dense.T, rtol=0, atol=bound)
+
+
+@every_type
 def test_bits_do_not_depend_on_company(kind: GGMLType, each_target: Target, machine: Any) -> None:
     """Rows alone, with few and with many neighbours, by 1, 2 and 3 threads and tickets of several sizes."""
     rng = np.random.default_rng(1)
@@ -223,6 +243,13 @@ def test_rounds_activations_as_the_reference_does(kind: GGMLType, each_target: T
     elif form.sums == "scaled":
         expected = expected.astype(np.float32) * got_scales
     np.testing.assert_array_equal(raw.view(kind_of).reshape(7, 2 * spans), expected)
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q4_K, GGMLType.Q4_0], ids=lambda t: t.name)
+def test_no_rows(kind: GGMLType, machine: Any) -> None:
+    """A step whose logits nobody wants."""
+    packed = matmul.prepare(random_weight(kind, 37, 512, np.random.default_rng(9)), threads=1)
+    assert product(machine, packed, np.ones((3, 512), np.float32), used=0).shape == (0, 37)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -26,7 +26,7 @@ from abc import abstractmethod
 from .activations import CHUNK
 from .emit import F32, I8, I16, I32, Emitter, Value, vec
 from .matmul_tiles import LANES, Floats, Format, multiply_add
-from .simd import dot_pairs, dot_quads, half_to_float
+from .simd import concatenate, dot_pairs, dot_quads, half_to_float
 
 __all__ = ["BlockFormat", "halves", "nibbles"]
 
@@ -48,6 +48,48 @@ def _shifted(v: Value, by: int) -> Value:
 def halves(e: Emitter, at: Value) -> Value:
     """16 half-precision numbers as float32."""
     return half_to_float(e, e.load(at, vec(I16, LANES)))
+
+
+class Dot:
+    """A dot product in the making, of one panel and one column.
+
+    x86 without VNNI multiplies bytes to sums of two products in 16 bits; as many of those as cannot overflow are added
+    before they are widened, which saves a third of the instructions.
+    """
+
+    def __init__(self, f: BlockFormat, e: Emitter, start: Value) -> None:
+        self.f, self.e, self.total = f, e, start
+        self.batch = 32767 // (2 * (f.below - 1) * 127) if e.target.lowering in _BYTES else 0
+        self.part: Value | None = None
+        self.held = 0
+
+    def add(self, levels: Value, quad: Value) -> None:
+        """Levels times activations, added by fours."""
+        if not self.batch:
+            self.total = self.f.dot(self.e, self.total, levels, quad)
+            return
+        name, width = _BYTES[self.e.target.lowering]
+        spans = [range(i, i + width) for i in range(0, ENTRY, width)]
+        halves = vec(I16, width // 2)
+        made = concatenate(self.e, [self.e.intrinsic(name, halves, levels.shuffle(s), quad.shuffle(s)) for s in spans])
+        self.part = made if self.part is None else self.part + made
+        self.held += 1
+        if self.held == self.batch:
+            self._widen()
+
+    def _widen(self) -> None:
+        if self.part is not None:
+            self.total = dot_pairs(self.e, self.total, self.part, self.e.const(self.part.type, 1))
+        self.part, self.held = None, 0
+
+    def sum(self) -> Value:
+        """The dot product so far."""
+        self._widen()
+        return self.total
+
+
+# Lowering: the instruction that multiplies unsigned by signed bytes and adds by twos, and its bytes.
+_BYTES = {"avx2": ("llvm.x86.avx2.pmadd.ub.sw", 32), "sse41": ("llvm.x86.ssse3.pmadd.ub.sw.128", 16)}
 
 
 class BlockFormat(Format):
@@ -183,19 +225,19 @@ class BlockFormat(Format):
         with e.loop(0, left.udiv(self.span)) as position:
             at, sub = scratch + position * sub_bytes, self.sub(position)
             starts = [self.start(e, xc, sub) for xc in x]
-            dots = [list(starts) for _ in range(panels)]
+            dots = [[Dot(self, e, start) for start in starts] for _ in range(panels)]
             for j in range(quads):
                 levels = [entry(at, p * quads + j, LEVELS) for p in range(panels)]
                 for c, xc in enumerate(x):
                     quad = self._quad(e, xc, sub, j)
                     for p in range(panels):
-                        dots[p][c] = self.dot(e, dots[p][c], levels[p], quad)
+                        dots[p][c].add(levels[p], quad)
             for p in range(panels):
                 scale = entry(at, panels * quads + p, vec(F32, LANES))
                 low = entry(at, panels * (quads + 1) + p, vec(F32, LANES)) if self.minimum else None
                 for c, xc in enumerate(x):
                     v = values[p][c]
-                    v.set(self._apply(e, xc, sub, v.get(), dots[p][c], scale, low))
+                    v.set(self._apply(e, xc, sub, v.get(), dots[p][c].sum(), scale, low))
         return [
             [self._end(e, xc, v.get(), y) for xc, v, y in zip(x, values[p], sums[p], strict=True)]
             for p in range(panels)
@@ -207,7 +249,8 @@ class BlockFormat(Format):
         """Emit a tile over a chunk as it is stored."""
         mins, dmin = self.mins(e, chunk) if self.pairs else ([], None)
         values = [e.var(self._begin(e, xc, y, mins, dmin)) for xc, y in zip(x, sums, strict=True)]
-        split = 2 if len(x) == 1 else 1  # one chain of dot products would wait for its own latency
+        # With one column one chain of dot products would wait for its own latency.
+        split = 2 if len(x) == 1 else 1
         run_bytes = self.chunk_bytes * self.span * self.run // CHUNK
         with e.loop(0, left.udiv(self.span * self.run)) as run:
             # What matters is the order more than the distance: LLVM orders the loads of a run as it likes, and only
@@ -219,12 +262,12 @@ class BlockFormat(Format):
             for s, levels in enumerate(self.levels(e, chunk, run)):
                 sub = self.sub(run * self.run + s)
                 zero = e.const(vec(I32, LANES), 0)
-                dots = [[self.start(e, xc, sub), *[zero] * (split - 1)] for xc in x]
+                starts = [[self.start(e, xc, sub), *[zero] * (split - 1)] for xc in x]
+                dots = [[Dot(self, e, start) for start in parts] for parts in starts]
                 for j, v in enumerate(levels):
                     for c, xc in enumerate(x):
-                        part = dots[c][j % split]
-                        dots[c][j % split] = self.dot(e, part, v, self._quad(e, xc, sub, j))
+                        dots[c][j % split].add(v, self._quad(e, xc, sub, j))
                 for c, xc in enumerate(x):
-                    dot = dots[c][0] + dots[c][1] if split == 2 else dots[c][0]
+                    dot = dots[c][0].sum() + dots[c][1].sum() if split == 2 else dots[c][0].sum()
                     values[c].set(self._apply(e, xc, sub, values[c].get(), dot, scales[s], lows[s]))
         return [self._end(e, xc, v.get(), y) for xc, v, y in zip(x, values, sums, strict=True)]
