@@ -1,11 +1,12 @@
 """The main job on the bundled model: convert, quantize, compare, generate; what `make demo` runs.
 
-Everything goes through the package's public functions. The files stay in demo-output/.
+    python scripts/demo.py [FOLDER]
+
+Everything goes through the package's public functions. The files stay in FOLDER, by default demo-output/.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,16 +24,14 @@ from phiquant.llm import LLM
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "phi3-tiny"
-OUTPUT = ROOT / "demo-output"
 PROMPT = "Once upon a time there was a little girl"
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     started = time.perf_counter()
     notices = Notices(quiet=False)
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir()
-    half, small = OUTPUT / "phi3-tiny-F16.gguf", OUTPUT / "phi3-tiny-Q4_K_M.gguf"
+    folder.mkdir(parents=True, exist_ok=True)
+    half, small = folder / "phi3-tiny-F16.gguf", folder / "phi3-tiny-Q4_K_M.gguf"
 
     with notices.compiling():
         reports = {"F16": convert(MODEL, half, "f16"), "Q4_K_M": quantize(half, small, "Q4_K_M")}
@@ -74,7 +73,13 @@ def main() -> None:
         table.add_row("peak memory, both models loaded", sized(peak))
     table.add_row("the whole demo", f"{time.perf_counter() - started:.1f} s")
     console.print(table)
-    console.print(f"Go on: phiquant run {small.relative_to(ROOT)} -no-cnv -p 'The old man'", soft_wrap=True)
+    command = Path(sys.executable).parent / "phiquant"
+    console.print(f"Go on: {_short(command)} run {_short(small)} -no-cnv -p 'The old man'", soft_wrap=True)
+
+
+def _short(path: Path) -> Path:
+    """As it is typed in the folder where we are."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _files(reports: dict[str, Report]) -> Table:
@@ -93,7 +98,7 @@ def _files(reports: dict[str, Report]) -> Table:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo-output")
     except PhiquantError as error:
         sys.exit(f"demo: error: {error}")
     except KeyboardInterrupt:
