@@ -22,7 +22,7 @@ from .target import Target
 __all__ = ["ARGUMENTS", "LANES", "Floats", "Format", "body", "multiply_add"]
 
 LANES = 16  # rows of a panel
-FEW = 12  # up to so many columns the weights are not unpacked to memory
+FEW = 16  # up to so many columns weights are unpacked in registers, once for each tile
 BLOCK = 264  # most columns that share an unpacked chunk; a multiple of every tile
 
 ARGUMENTS = Arguments("count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add")
