@@ -94,7 +94,9 @@ def peak(kind: str, target: Target) -> tuple[NativeOp, float]:
     block = np.zeros(64, np.int64)
     block[0] = _SINK.ctypes.data
     per_instruction = 2 * lanes * (4 if kind == "dot" else 1)
-    return NativeOp(function(f"bench.{kind}", 4, body, target), block), float(rounds * chains * per_instruction)
+    return NativeOp(function(f"bench.{kind}", 4, body, target), block, (_SINK,)), float(
+        rounds * chains * per_instruction
+    )
 
 
 def reading(data: NDArray[np.uint8], target: Target) -> NativeOp:
@@ -113,7 +115,7 @@ def reading(data: NDArray[np.uint8], target: Target) -> NativeOp:
         e.store(sums[0].get() + sums[1].get() + sums[2].get() + sums[3].get(), e.load(block + 16, I64) + thread * 4096)
 
     block = np.array([data.ctypes.data, data.size >> 20, _SINK.ctypes.data], np.int64)
-    return NativeOp(function("bench.read", 4, body, target), block, (data,))
+    return NativeOp(function("bench.read", 4, body, target), block, (data, _SINK))
 
 
 def weight(kind: GGMLType, rows: int, columns: int, rng: np.random.Generator) -> Weight:

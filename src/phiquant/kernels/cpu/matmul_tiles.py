@@ -105,7 +105,7 @@ def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
         first = ticket * a["ticket"]
         with e.loop(first, e.min(first + a["ticket"], a["panels"])) as panel:
             # A tile computes what is beyond the last column rather than leave three, but does not write it.
-            start = (count + (1 if wide > 2 else 0)).udiv(wide) * wide
+            start: Value = (count + (1 if wide > 2 else 0)).udiv(wide) * wide
             with e.loop(0, start, wide) as column:
                 _few_tile(e, f, a, panel, column, wide, edge)
             if wide > 2:
@@ -134,8 +134,8 @@ def _few_tile(e: Emitter, f: Format, a: dict[str, Value], panel: Value, column: 
             s.set(v)
     for c, s in enumerate(sums):
         e.store(s.get(), edge + c * (4 * LANES), align=64)
-    with e.loop(0, e.min(a["count"] - column, n)) as c:
-        _write(e, a, edge + c * (4 * LANES), panel, column + c)
+    with e.loop(0, e.min(a["count"] - column, n)) as i:
+        _write(e, a, edge + i * (4 * LANES), panel, column + i)
 
 
 def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
@@ -163,9 +163,9 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
             left = e.min(a["columns"] - chunk * CHUNK, CHUNK)
             stored = [w + chunk * f.chunk_bytes for w in weights]
             unpacked = f.unpack(e, stored, scratch, left)
-            for at in stored:
-                with e.loop(f.chunk_bytes, 2 * f.chunk_bytes, 64) as line:
-                    e.prefetch(at + line, locality=2)
+            for here in stored:
+                with e.loop(f.chunk_bytes, 2 * f.chunk_bytes, 64) as ahead:
+                    e.prefetch(here + ahead, locality=2)
             x = a["x"] + chunk * a["between"] + first_column * stride
             with e.loop(0, tiles) as t:
                 at, here = x + t * (tile * stride), total + t * tile_bytes
