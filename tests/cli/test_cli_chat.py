@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import signal
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from phiquant.cli.chat import Chat, history_file, interactive
 from phiquant.cli.notices import Notices
 from phiquant.cli.run import Printer
+from phiquant.llm import CompletionChunk
 
 Typed = str | type[BaseException]
 
@@ -128,6 +131,21 @@ def test_ctrl_c_keeps_the_part_of_the_answer(
         {"role": "assistant", "content": "echo a"},
     ]
     assert "[stopped]" in capsys.readouterr().err
+
+
+def test_ctrl_c_counts_even_if_its_exception_is_lost(llm: Any, talk: Callable[..., Chat], out: io.StringIO) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def stream(*_: Any, **__: Any) -> Iterator[CompletionChunk]:
+        yield CompletionChunk("one", (1,))
+        with contextlib.suppress(KeyboardInterrupt):  # as Python does when it comes in a finalizer
+            signal.raise_signal(signal.SIGINT)
+        yield CompletionChunk(" two", (2,))
+        yield CompletionChunk(" three", (3,))
+
+    llm.chat = stream
+    assert talk("go").messages[-1] == {"role": "assistant", "content": "one two"}
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_at_the_prompt_leaves_the_second_time(llm: Any, talk: Callable[..., Chat]) -> None:

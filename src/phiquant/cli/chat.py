@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import PhiquantError, RequestError
@@ -82,11 +85,13 @@ class Chat:
         pieces: list[str] = []
         completion = None
         stream = self._llm.chat(self._with(question), stream=True, **options)
-        with contextlib.suppress(KeyboardInterrupt), closing(stream):  # type: ignore[type-var]
+        with contextlib.suppress(KeyboardInterrupt), _ctrl_c() as pressed, closing(stream):  # type: ignore[type-var]
             for chunk in stream:
                 pieces.append(chunk.text)
                 self._printer.write(chunk.text)
                 completion = chunk.completion or completion
+                if pressed:
+                    break
         self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
         if completion is not None:
             self._used = completion.usage.total_tokens
@@ -177,6 +182,30 @@ class Chat:
         self.answer(str(question["content"]), again=True)
         if self.messages == before:  # it failed: the old answer is better than none
             self.messages = kept
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """While inside, Ctrl-C raises KeyboardInterrupt and leaves a mark in the list.
+
+    The line editor's event loop has handlers of its own, which must not be in force here; and an exception that is
+    raised in the middle of somebody's finalizer is lost, where a mark is not.
+    """
+    pressed: list[int] = []
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
+        yield pressed
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _is_message(item: object) -> bool:
