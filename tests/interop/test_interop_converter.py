@@ -186,3 +186,33 @@ def test_every_outtype(their_convert: Any, tmp_path: Path, outtype: str) -> None
     directory = write(tmp_path / "Phi-3.5-mini-instruct", CASES["Phi-3.5-mini-instruct"])
     theirs = their_convert(directory, tmp_path / "theirs.gguf", outtype)
     compare(convert(directory, tmp_path / "ours.gguf", outtype).plan.path, theirs)
+
+
+def test_llama_cpp_computes_the_same_from_both(their_convert: Any, llama_cpp: Any, tmp_path: Path) -> None:
+    directory = write(tmp_path / "phi3-tiny", CASES["phi3-tiny"])
+    theirs = their_convert(directory, tmp_path / "theirs.gguf", "f16")
+    ours = convert(directory, tmp_path / "ours.gguf", "f16").plan.path
+    ids = llama_cpp.tokenize(ours, [(TINY / "page.txt").read_text(encoding="utf-8")])[0][:256]
+    np.testing.assert_array_equal(llama_cpp.logits(ours, ids), llama_cpp.logits(theirs, ids))
+
+
+def test_llama_cpp_reads_chats_from_our_file_as_the_checkpoint_does(llama_cpp: Any, tmp_path: Path) -> None:
+    """Its Phi-3 rule strips whitespace after special tokens, if the name of the file's model says phi3 or phi-3."""
+    import tokenizers
+
+    ours = convert(TINY, tmp_path / "ours.gguf", "q8_0").plan.path
+    published = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    texts = [
+        "<|user|>\nHi<|end|>\n<|assistant|>\n",
+        "<|system|>\nBe brief.<|end|>\n<|user|>\n  Two spaces, and a tab\t.<|end|>\n<|assistant|>\n",
+        "Hi <|end|> there",
+        " Hello",
+        "½ of 4 months; \U0001f600 naïve 中文",
+    ]
+    expected = [published.encode(text, add_special_tokens=False).ids for text in texts]
+    assert llama_cpp.tokenize(ours, texts) == expected
+    from phiquant.text import Tokenizer
+
+    with GGUFFile.open(ours) as file:
+        tokenizer = Tokenizer.from_gguf(file)
+        assert [tokenizer.encode(text, add_bos=False) for text in texts] == expected
