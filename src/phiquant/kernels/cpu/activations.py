@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .emit import F32, I8, I16, I32, Emitter, Value, vec
-from .operation import Arguments
+from .operation import Arguments, tickets
 from .simd import concatenate, dot_quads, nearest_int, reduce
 
-__all__ = ["ARGUMENTS", "CHUNK", "PADDING", "Activations", "body", "chunk_stride", "tickets"]
+__all__ = ["ARGUMENTS", "CHUNK", "PADDING", "Activations", "body", "chunk_stride"]
 
 CHUNK = 256  # values of a row that are handled together
 PADDING = 12  # rows are padded to a multiple of this, which every tile divides, so that tiles may read beyond the last
@@ -76,14 +76,6 @@ def chunk_stride(count: Value, form: Activations) -> Value:
     return (count + (PADDING - 1)).udiv(PADDING) * (PADDING * form.stride)
 
 
-def tickets(e: Emitter, counter: Value, total: Value, work: Callable[[Value], None]) -> None:
-    """Do work(i) for every i below `total` that no other thread of the team has taken."""
-    with e.forever() as done:
-        taken = e.atomic_add(counter, 1)
-        done(taken >= total)
-        work(taken)
-
-
 def body(form: Activations) -> Callable[..., None]:
     """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in."""
 
@@ -94,7 +86,7 @@ def body(form: Activations) -> Callable[..., None]:
         between = chunk_stride(count, form)
         units = count * chunks
 
-        def work(ticket: Value) -> None:
+        with tickets(e, counter, (units + (_UNITS - 1)).udiv(_UNITS)) as ticket:
             first = ticket * _UNITS
             with e.loop(first, e.min(first + _UNITS, units)) as unit:
                 row = unit.udiv(chunks)
@@ -108,8 +100,6 @@ def body(form: Activations) -> Callable[..., None]:
                     _round_chunk(e, form, source, target)
                 else:
                     _round_groups(e, form, source, target, left)
-
-        tickets(e, counter, (units + (_UNITS - 1)).udiv(_UNITS), work)
 
     return kernel
 

@@ -10,7 +10,6 @@ into `scratch`, rounded to 8 bits for quantized weights; the second multiplies.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +27,7 @@ from .matmul_tiles import LANES, Format
 from .operation import NativeOp, Region
 from .pack import pack
 from .target import Target, host
+from .team import available_threads
 
 __all__ = ["FORMATS", "Packed", "bind", "prepare", "scratch_bytes"]
 
@@ -82,14 +82,8 @@ def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None) -
     target = target or host()
     f = FORMATS[weight.type]
     data = np.ascontiguousarray(weight.data)
-    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or _processors())
+    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or available_threads())
     return Packed(weight.name, weight.type, weight.rows, weight.columns, packed, target)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def scratch_bytes(packed: Packed, rows: int) -> int:

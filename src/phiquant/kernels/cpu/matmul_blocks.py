@@ -25,8 +25,8 @@ from abc import abstractmethod
 
 from .activations import CHUNK
 from .emit import F32, I8, I16, I32, Emitter, Value, vec
-from .matmul_tiles import LANES, Floats, Format, multiply_add
-from .simd import concatenate, dot_pairs, dot_quads, half_to_float
+from .matmul_tiles import LANES, Floats, Format
+from .simd import concatenate, dot_pairs, dot_quads, half_to_float, multiply_add
 
 __all__ = ["BlockFormat", "halves", "nibbles"]
 

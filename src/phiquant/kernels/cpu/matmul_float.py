@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from .activations import CHUNK, Activations
 from .emit import F32, I16, I32, Emitter, Value, vec
-from .matmul_tiles import LANES, Floats, Format, multiply_add
-from .simd import bfloat_to_float, half_to_float
+from .matmul_tiles import LANES, Floats, Format
+from .simd import bfloat_to_float, half_to_float, multiply_add
 from .target import Target
 
 __all__ = ["FloatFormat", "gather"]

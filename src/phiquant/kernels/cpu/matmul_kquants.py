@@ -6,8 +6,8 @@ each row:
 
     Q2_K   d 0, dmin 32, scales 64 (words of two bytes x 16: sub-blocks 2 j and 2 j + 1), qs 320
     Q3_K   d 0, scales 64 (int8 x 16, in order of runs, bias taken off), hmask 320, qs 832
-    Q4_K   d 0, dmin 32, scales 64 (uint8 x 16 for each sub-block), mins 192 (pairs of uint8 x 16), qs 320
-    Q5_K   as Q4_K up to mins, qh 320, qs 832
+    Q4_K   d 0, dmin 32, for each run low bits 64 + 32 run and high bits 192 + 16 run of its scales, qs 256
+    Q5_K   as Q4_K up to the scales, qh 256, qs 768
     Q6_K   d 0, scales 64 (int8 x 16, in order of runs), then 8 low groups and 4 high ones for each run, 320 + 768 run
 
 Formats with 16 sub-blocks keep 4 levels in corresponding bits of neighbouring 32 weights. A run of theirs is half of
@@ -55,9 +55,8 @@ def _bytes(word: Value) -> list[Value]:
     return [word.lsr(8 * i) & 255 for i in range(4)]
 
 
-def _integer_scale(e: Emitter, at: Value, signed: bool) -> Value:
-    raw = e.load(at, vec(I8, LANES))
-    return (raw.sext(I32) if signed else raw.zext(I32)).to_float()
+def _integer_scale(e: Emitter, at: Value) -> Value:
+    return e.load(at, vec(I8, LANES)).sext(I32).to_float()
 
 
 class _Sixteen(KFormat):
@@ -86,7 +85,7 @@ class _Signed(_Sixteen):
         """Scales of the sub-blocks of a run."""
         d = halves(e, chunk)
         at = chunk + run * (4 * LANES) + 64
-        return [d * _integer_scale(e, at + s * LANES, signed=True) for s in range(4)]
+        return [d * _integer_scale(e, at + s * LANES) for s in range(4)]
 
 
 class Q6K(_Signed):
@@ -167,8 +166,8 @@ class Q4K(KFormat):
 
     def __init__(self, five: bool) -> None:
         self.five = five
-        self.chunk_bytes, self.block_bytes = (2880, 176) if five else (2368, 144)
-        self.below, self.qs = (32, 832) if five else (16, 320)
+        self.chunk_bytes, self.block_bytes = (2816, 176) if five else (2304, 144)
+        self.below, self.qs = (32, 768) if five else (16, 256)
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
         """Interleave one super-block of 16 rows."""
@@ -178,12 +177,17 @@ class Q4K(KFormat):
         low, middle, high = (_bytes(gather(e, rows, 4 + 4 * i, I32)) for i in range(3))
         scales = [v & 63 for v in low] + [(h & 15) | (v.lsr(6) << 4) for v, h in zip(low, high, strict=True)]
         mins = [v & 63 for v in middle] + [h.lsr(4) | (v.lsr(6) << 4) for v, h in zip(middle, high, strict=True)]
-        for j in range(8):
-            e.store(scales[j].trunc(I8), chunk + (64 + j * LANES))
-        for j in range(4):
-            e.store((mins[2 * j] | (mins[2 * j + 1] << 8)).trunc(I16), chunk + (192 + j * 2 * LANES))
+        # Kept at 6 bits, since decoding is bound by bytes. For a run of sub-blocks (0, 1) and each row:
+        #     low   bits 15 14 13 12   11 10  9  8    7  6  5  4    3  2  1  0      high   7  6    5  4    3  2    1  0
+        #               min 1 & 15   scale 1 & 15  min 0 & 15   scale 0 & 15          min 1   scale 1 min 0  scale 0
+        for run in range(4):
+            s0, s1, m0, m1 = (*scales[2 * run : 2 * run + 2], *mins[2 * run : 2 * run + 2])
+            low = (s0 & 15) | ((m0 & 15) << 4) | ((s1 & 15) << 8) | ((m1 & 15) << 12)
+            high = s0.lsr(4) | (m0.lsr(4) << 2) | (s1.lsr(4) << 4) | (m1.lsr(4) << 6)
+            e.store(low.trunc(I16), chunk + (64 + run * 2 * LANES))
+            e.store(high.trunc(I8), chunk + (192 + run * LANES))
         if self.five:
-            _words(e, rows, 16, chunk, 320, 8)
+            _words(e, rows, 16, chunk, 256, 8)
         _words(e, rows, 48 if self.five else 16, chunk, self.qs, 32)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
@@ -194,7 +198,7 @@ class Q4K(KFormat):
             a, b = nibbles(e.load(at + i * ENTRY, LEVELS))
             if self.five:
                 # Bits 2 run and 2 run + 1 of the plane; shifted so that they stand at 0 and 1.
-                top = e.load(chunk + (320 + i * ENTRY), vec(I16, 32)).lsr((run * 2).trunc(I16)).bits(LEVELS)
+                top = e.load(chunk + (256 + i * ENTRY), vec(I16, 32)).lsr((run * 2).trunc(I16)).bits(LEVELS)
                 a, b = a | (_moved(top, 4) & 16), b | (_moved(top, 3) & 16)
             low.append(a)
             high.append(b)
@@ -202,14 +206,24 @@ class Q4K(KFormat):
 
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
         """Scales of the sub-blocks of a run."""
-        d, at = halves(e, chunk), chunk + run * (2 * LANES) + 64
-        return [d * _integer_scale(e, at + s * LANES, signed=False) for s in range(2)]
+        d, (low, high) = halves(e, chunk), self._six_bits(e, chunk, run)
+        first, second = (low & 15) | ((high & 3) << 4), (low.lsr(8) & 15) | (high & 0x30)
+        return [d * first.to_float(), d * second.to_float()]
 
     def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
         """Pairs of integer minimums and their unit."""
-        at = chunk + 192
-        pairs = [e.load(at + j * 2 * LANES, vec(I8, 2 * LANES)).zext(I16) for j in range(4)]
+        pairs = []
+        for run in range(4):
+            low, high = self._six_bits(e, chunk, e.integer(run))
+            even, odd = (low.lsr(4) & 15) | ((high & 0x0C) << 2), ((low & 0xF000) << 4) | ((high & 0xC0) << 14)
+            pairs.append((even | odd).bits(vec(I16, 2 * LANES)))
         return pairs, halves(e, chunk + 32)
+
+    @staticmethod
+    def _six_bits(e: Emitter, chunk: Value, run: Value) -> tuple[Value, Value]:
+        """Low and high bits of a run's scales and minimums, as i32 lanes."""
+        low = e.load(chunk + run * (2 * LANES) + 64, vec(I16, LANES))
+        return low.zext(I32), e.load(chunk + run * LANES + 192, vec(I8, LANES)).zext(I32)
 
 
 class Q2K(_Sixteen):

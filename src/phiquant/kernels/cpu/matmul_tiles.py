@@ -14,12 +14,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from .activations import CHUNK, Activations, chunk_stride, tickets
+from .activations import CHUNK, Activations, chunk_stride
 from .emit import F32, I64, Emitter, Value, vec
-from .operation import Arguments
+from .operation import Arguments, tickets
 from .target import Target
 
-__all__ = ["ARGUMENTS", "LANES", "Floats", "Format", "body", "multiply_add"]
+__all__ = ["ARGUMENTS", "LANES", "Floats", "Format", "body"]
 
 LANES = 16  # rows of a panel
 FEW = 16  # up to so many columns weights are unpacked in registers, once for each tile
@@ -28,11 +28,6 @@ BLOCK = 264  # most columns that share an unpacked chunk; a multiple of every ti
 ARGUMENTS = Arguments("count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add")
 
 Floats = list[list[Value]]  # [panel][column] of float32 × 16
-
-
-def multiply_add(e: Emitter, a: Value, b: Value, c: Value) -> Value:
-    """a * b + c with one rounding, or with two where the processor has no such instruction (a call for each lane)."""
-    return a * b + c if e.target.lowering in ("sse41", "generic") else e.fma(a, b, c)
 
 
 class Format(ABC):
@@ -101,7 +96,7 @@ def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
     wide, count = f.few_tile(e.target), a["count"]
     edge = e.scratch(4 * LANES * wide)
 
-    def work(ticket: Value) -> None:
+    with tickets(e, counter, (a["panels"] + a["ticket"] - 1).udiv(a["ticket"])) as ticket:
         first = ticket * a["ticket"]
         with e.loop(first, e.min(first + a["ticket"], a["panels"])) as panel:
             # A tile computes what is beyond the last column rather than leave three, but does not write it.
@@ -115,8 +110,6 @@ def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
                 start = pair
             with e.loop(start, count) as column:
                 _few_tile(e, f, a, panel, column, 1, edge)
-
-    tickets(e, counter, (a["panels"] + a["ticket"] - 1).udiv(a["ticket"]), work)
 
 
 def _few_tile(e: Emitter, f: Format, a: dict[str, Value], panel: Value, column: Value, n: int, edge: Value) -> None:
@@ -148,7 +141,7 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
     blocks = (a["count"] + (BLOCK - 1)).udiv(BLOCK)
     block_columns = (a["count"] + (blocks * tile - 1)).udiv(blocks * tile) * tile
 
-    def work(ticket: Value) -> None:
+    with tickets(e, counter, groups * blocks) as ticket:
         block = ticket.udiv(groups)
         first_panel, first_column = (ticket - block * groups) * panels, block * block_columns
         columns = e.min(a["count"] - first_column, block_columns)
@@ -178,8 +171,6 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
         with e.loop(0, columns) as c:
             for p in range(panels):
                 _write(e, a, total + c * column_bytes + p * 64, first_panel + p, first_column + c)
-
-    tickets(e, counter, groups * blocks, work)
 
 
 def _write(e: Emitter, a: dict[str, Value], source: Value, panel: Value, column: Value) -> None:

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from .activations import tickets
 from .emit import Emitter, Value
 from .library import function
 from .matmul_tiles import LANES, Format
-from .operation import Arguments, aligned
+from .operation import Arguments, aligned, tickets
 from .target import Target
 
 __all__ = ["call", "pack"]
@@ -27,12 +26,10 @@ def _body(f: Format) -> Callable[..., None]:
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         weights, out, rows, columns, row_bytes, panel_bytes = _ARGUMENTS.read_all(e, block)
 
-        def work(panel: Value) -> None:
+        with tickets(e, counter, (rows + (LANES - 1)).udiv(LANES)) as panel:
             # Rows that the last panel lacks repeat the last one; what they yield is never stored.
             mine = [weights + e.min(panel * LANES + i, rows - 1) * row_bytes for i in range(LANES)]
             f.pack(e, mine, out + panel * panel_bytes, columns)
-
-        tickets(e, counter, (rows + (LANES - 1)).udiv(LANES), work)
 
     return kernel
 

