@@ -181,11 +181,11 @@ class Q4K(KFormat):
         #     low   bits 15 14 13 12   11 10  9  8    7  6  5  4    3  2  1  0      high   7  6    5  4    3  2    1  0
         #               min 1 & 15   scale 1 & 15  min 0 & 15   scale 0 & 15          min 1   scale 1 min 0  scale 0
         for run in range(4):
-            s0, s1, m0, m1 = (*scales[2 * run : 2 * run + 2], *mins[2 * run : 2 * run + 2])
-            low = (s0 & 15) | ((m0 & 15) << 4) | ((s1 & 15) << 8) | ((m1 & 15) << 12)
-            high = s0.lsr(4) | (m0.lsr(4) << 2) | (s1.lsr(4) << 4) | (m1.lsr(4) << 6)
-            e.store(low.trunc(I16), chunk + (64 + run * 2 * LANES))
-            e.store(high.trunc(I8), chunk + (192 + run * LANES))
+            (s0, s1), (m0, m1) = (part[2 * run : 2 * run + 2] for part in (scales, mins))
+            fours = (s0 & 15) | ((m0 & 15) << 4) | ((s1 & 15) << 8) | ((m1 & 15) << 12)
+            twos = s0.lsr(4) | (m0.lsr(4) << 2) | (s1.lsr(4) << 4) | (m1.lsr(4) << 6)
+            e.store(fours.trunc(I16), chunk + (64 + run * 2 * LANES))
+            e.store(twos.trunc(I8), chunk + (192 + run * LANES))
         if self.five:
             _words(e, rows, 16, chunk, 256, 8)
         _words(e, rows, 48 if self.five else 16, chunk, self.qs, 32)
