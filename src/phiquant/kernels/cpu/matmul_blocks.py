@@ -122,12 +122,12 @@ class BlockFormat(Format):
         """Scales of the sub-blocks of a run, float32 × 16."""
 
     def minimums(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
-        """Minimums of the sub-blocks of a run, float32 × 16."""
-        raise NotImplementedError
+        """Minimums of the sub-blocks of a run, float32 × 16; none unless `minimum`."""
+        return []
 
-    def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
-        """Pairs of integer minimums, i16 × 32 each, and their unit dmin, float32 × 16."""
-        raise NotImplementedError
+    def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value | None]:
+        """Pairs of integer minimums, i16 × 32 each, and their unit dmin, float32 × 16, where there are any."""
+        return [], None
 
     # -- the floating-point part ------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class BlockFormat(Format):
         for p, chunk in enumerate(chunks):
             with e.loop(0, left.udiv(self.span * self.run)) as run:
                 scales = self.scales(e, chunk, run)
-                lows = self.minimums(e, chunk, run) if self.minimum else []
+                lows = self.minimums(e, chunk, run)
                 for s, levels in enumerate(self.levels(e, chunk, run)):
                     at = scratch + (run * self.run + s) * sub_bytes
                     for j, v in enumerate(levels):
@@ -200,10 +200,10 @@ class BlockFormat(Format):
                     e.store(scales[s], at + (panels * quads + p) * ENTRY, align=ENTRY)
                     if lows:
                         e.store(lows[s], at + (panels * (quads + 1) + p) * ENTRY, align=ENTRY)
-            if self.pairs:
-                pairs, dmin = self.mins(e, chunk)
-                for j, pair in enumerate(pairs):
-                    e.store(pair, mins_at + (p * self.pairs + j) * ENTRY, align=ENTRY)
+            pairs, dmin = self.mins(e, chunk)
+            for j, pair in enumerate(pairs):
+                e.store(pair, mins_at + (p * self.pairs + j) * ENTRY, align=ENTRY)
+            if dmin is not None:
                 e.store(dmin, mins_at + (panels * self.pairs + p) * ENTRY, align=ENTRY)
         return [scratch]
 
@@ -247,7 +247,7 @@ class BlockFormat(Format):
 
     def few(self, e: Emitter, chunk: Value, x: list[Value], sums: list[Value], left: Value) -> list[Value]:
         """Emit a tile over a chunk as it is stored."""
-        mins, dmin = self.mins(e, chunk) if self.pairs else ([], None)
+        mins, dmin = self.mins(e, chunk)
         values = [e.var(self._begin(e, xc, y, mins, dmin)) for xc, y in zip(x, sums, strict=True)]
         # With one column one chain of dot products would wait for its own latency.
         split = 2 if len(x) == 1 else 1
@@ -258,7 +258,7 @@ class BlockFormat(Format):
             for line in range(0, run_bytes, ENTRY):
                 e.prefetch(chunk + run * run_bytes + (AHEAD + line))
             scales = self.scales(e, chunk, run)
-            lows = self.minimums(e, chunk, run) if self.minimum else [None] * self.run
+            lows = self.minimums(e, chunk, run)
             for s, levels in enumerate(self.levels(e, chunk, run)):
                 sub = self.sub(run * self.run + s)
                 zero = e.const(vec(I32, LANES), 0)
@@ -269,5 +269,5 @@ class BlockFormat(Format):
                         dots[c][j % split].add(v, self._quad(e, xc, sub, j))
                 for c, xc in enumerate(x):
                     dot = dots[c][0].sum() + dots[c][1].sum() if split == 2 else dots[c][0].sum()
-                    values[c].set(self._apply(e, xc, sub, values[c].get(), dot, scales[s], lows[s]))
+                    values[c].set(self._apply(e, xc, sub, values[c].get(), dot, scales[s], lows[s] if lows else None))
         return [self._end(e, xc, v.get(), y) for xc, v, y in zip(x, values, sums, strict=True)]

@@ -16,6 +16,8 @@ the groups of bytes of half a super-block, and yields 4 sub-blocks that lie 32 w
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from .activations import CHUNK, Activations
 from .emit import I8, I16, I32, Emitter, Value, vec
 from .matmul_blocks import ENTRY, LEVELS, BlockFormat, halves, nibbles
@@ -39,9 +41,9 @@ class KFormat(BlockFormat):
         with e.loop(0, columns.udiv(CHUNK)) as i:
             self.pack_block(e, [r + i * self.block_bytes for r in rows], panel + i * self.chunk_bytes)
 
+    @abstractmethod
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
         """Interleave one super-block of 16 rows."""
-        raise NotImplementedError
 
 
 def _words(e: Emitter, rows: list[Value], source: int, chunk: Value, target: int, count: int) -> None:
@@ -210,7 +212,7 @@ class Q4K(KFormat):
         first, second = (low & 15) | ((high & 3) << 4), (low.lsr(8) & 15) | (high & 0x30)
         return [d * first.to_float(), d * second.to_float()]
 
-    def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
+    def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value | None]:
         """Pairs of integer minimums and their unit."""
         pairs = []
         for run in range(4):
@@ -257,7 +259,7 @@ class Q2K(_Sixteen):
         words = [e.load(at + i * 2 * LANES, vec(I16, LANES)) for i in range(4)]
         return [d * (word.lsr(shift) & 15).zext(I32).to_float() for word in words]
 
-    def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value]:
+    def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value | None]:
         """Pairs of integer minimums and their unit."""
         at = chunk + 64
         pairs = [nibbles(e.load(at + j * 2 * LANES, vec(I8, 2 * LANES)))[1].zext(I16) for j in range(8)]
