@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from conftest import KEPT, MODELS, TINY, VECTORS, log_softmax, write_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conftest import KEPT, MODELS, TINY, VECTORS, log_softmax, write_checkpoint
 
 PROMPT = [9038, 2501, 263, 931, 727, 471, 263, 2217, 7826]  # Once upon a time there was a little girl
 GENERATED = 64
