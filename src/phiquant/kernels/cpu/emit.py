@@ -113,7 +113,7 @@ class Emitter:
     def splat(self, scalar: Value, lanes: int) -> Value:
         """A vector whose elements all equal the scalar."""
         t = vec(scalar.type, lanes)
-        one = self.b.insertelement_of(ir.Constant(t, ir.Undefined), scalar.raw, I32(0))
+        one = self.b.insert_element(ir.Constant(t, ir.Undefined), scalar.raw, I32(0))
         zeros = ir.Constant(vec(I32, lanes), [0] * lanes)
         return Value(self, self.b.shuffle_vector(one, ir.Constant(t, ir.Undefined), zeros))
 

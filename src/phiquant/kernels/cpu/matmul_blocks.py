@@ -122,7 +122,7 @@ class BlockFormat(Format):
         """Scales of the sub-blocks of a run, float32 × 16."""
 
     def minimums(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
-        """Minimums of the sub-blocks of a run, float32 × 16; none unless `minimum`."""
+        """Minimums of the sub-blocks of a run, float32 × 16; asked for if `minimum`."""
         return []
 
     def mins(self, e: Emitter, chunk: Value) -> tuple[list[Value], Value | None]:
@@ -192,7 +192,7 @@ class BlockFormat(Format):
         for p, chunk in enumerate(chunks):
             with e.loop(0, left.udiv(self.span * self.run)) as run:
                 scales = self.scales(e, chunk, run)
-                lows = self.minimums(e, chunk, run)
+                lows = self.minimums(e, chunk, run) if self.minimum else []
                 for s, levels in enumerate(self.levels(e, chunk, run)):
                     at = scratch + (run * self.run + s) * sub_bytes
                     for j, v in enumerate(levels):
@@ -258,7 +258,7 @@ class BlockFormat(Format):
             for line in range(0, run_bytes, ENTRY):
                 e.prefetch(chunk + run * run_bytes + (AHEAD + line))
             scales = self.scales(e, chunk, run)
-            lows = self.minimums(e, chunk, run)
+            lows = self.minimums(e, chunk, run) if self.minimum else []
             for s, levels in enumerate(self.levels(e, chunk, run)):
                 sub = self.sub(run * self.run + s)
                 zero = e.const(vec(I32, LANES), 0)
