@@ -4,8 +4,9 @@
 
 CHECKPOINT is a folder, such as make_synthetic.py writes. PYTHON is the interpreter of an environment with
 llama-cpp-python, built for this processor; `--converter-python` one with torch and transformers, for llama.cpp's
-converter in `--source`. Every measurement is a process of its own, the two programs take turns, and medians are
-quoted. Both get the same file, the same token ids, the same number of threads, a context of 1024 and batches of 512.
+converter in `--source`. Both programs load the same file and take turns within seconds, each waiting while the other
+works, because the machine's speed drifts by more than they differ; medians of the figures and of the ratios of
+neighbouring turns are quoted. Both get the same number of threads, a context of 1024 and batches of 512.
 Results are appended to benchmarks/results.csv.
 """
 
@@ -39,12 +40,17 @@ class Tally:
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
 
+    @property
+    def ratio(self) -> float:
+        """The median of the ratios of neighbouring turns."""
+        return statistics.median(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+
     def show(self) -> None:
         mine = statistics.median(self.ours)
         line = f"{self.what}: {mine:.4g} {self.unit} ({_spread(self.ours)})"
         if self.theirs:
             peer = statistics.median(self.theirs)
-            line += f"; llama.cpp {peer:.4g} ({_spread(self.theirs)}); ratio {mine / peer:.3f}"
+            line += f"; llama.cpp {peer:.4g} ({_spread(self.theirs)}); ratio {self.ratio:.3f}"
         print(line, flush=True)
 
 
@@ -67,22 +73,57 @@ def measured(command: list[str], **environment: str) -> tuple[str, float, int]:
     return text, seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class Runner:
+    """A program that has loaded the model and waits for requests."""
+
+    def __init__(self, python: str, script: Path, job: dict[str, object]) -> None:
+        command = [python, str(script), json.dumps(job)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.process.args} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def measure(self, kind: str, count: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({kind: count}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()["speed"]
+
+    def close(self) -> int:
+        """Ends the program; its peak resident bytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def compare_speed(a: argparse.Namespace, model: Path) -> list[Tally]:
-    """Prompt and decoding speed, in turns."""
-    prompt = Tally(f"prompt of {a.prompt} tokens, {a.type}", "tokens/s")
-    decode = Tally(f"decoding {a.decode} tokens, {a.type}", "tokens/s")
-    memory = Tally(f"peak memory of both, {a.type}", "GB")
-    for turn in range(a.rounds):
-        job = {"model": str(model), "prompt": a.prompt, "decode": a.decode, "threads": a.threads, "seed": turn}
-        pairs = [(sys.executable, OURS, True), (a.peer, THEIRS, False)]
-        for python, script, own in pairs if turn % 2 == 0 else pairs[::-1]:
-            text, _, peak = measured([python, str(script), json.dumps(job)])
-            found = json.loads(text.splitlines()[-1])
-            for tally, value in ((prompt, found["prompt"]), (decode, found["decode"]), (memory, peak / 1e9)):
-                (tally.ours if own else tally.theirs).append(value)
-    for tally in (prompt, decode, memory):
+    """Prompt and decoding speed, in turns of a few seconds."""
+    job = {"model": str(model), "threads": a.threads, "seed": 0}
+    own, peer = Runner(sys.executable, OURS, job), Runner(a.peer, THEIRS, job)
+    tallies = []
+    for kind, count, what in (("prompt", a.prompt, "prompt of"), ("decode", a.decode, "decoding")):
+        tally = Tally(f"{what} {count} tokens, {a.type}", "tokens/s")
+        for turn in range(a.rounds + 1):  # the first warms up
+            for runner in (own, peer) if turn % 2 else (peer, own):
+                speed = runner.measure(kind, count)
+                time.sleep(0.2)  # until the other's waiting threads sleep
+                if turn:
+                    (tally.ours if runner is own else tally.theirs).append(speed)
+        tallies.append(tally)
+    memory = Tally(f"running {a.type}, peak memory", "GB")
+    memory.ours.append(own.close() / 1e9)
+    memory.theirs.append(peer.close() / 1e9)
+    tallies.append(memory)
+    for tally in tallies:
         tally.show()
-    return [prompt, decode, memory]
+    return tallies
 
 
 def compare_quantization(a: argparse.Namespace, model: Path) -> list[Tally]:
@@ -125,7 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, default=None, help="llama.cpp's sources")
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--quantize-rounds", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--decode", type=int, default=32)
@@ -162,7 +203,7 @@ def main() -> None:
         peer = statistics.median(tally.theirs) if tally.theirs else None
         row = Result(today(), commit(), processor(), a.threads, f"{a.checkpoint.name}: {tally.what}", mine, tally.unit)
         if peer is not None:
-            row = Result(*list(vars(row).values())[:7], "llama.cpp", f"llama-cpp-python {version}", peer, mine / peer)
+            row = Result(*list(vars(row).values())[:7], "llama.cpp", f"llama-cpp-python {version}", peer, tally.ratio)
         rows.append(row)
     append(rows)
 

@@ -1,6 +1,6 @@
-"""One measurement of llama.cpp, for compare_llama_cpp.py: runs in its own environment, reads a job (JSON).
+"""llama.cpp's side of compare_llama_cpp.py: runs in its own environment, reads a job (JSON).
 
-A job with "model" prints tokens/s as JSON; one with "source" quantizes a file.
+A job with "source" quantizes a file. One with "model" loads it and answers requests as run_phiquant.py does.
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ def speed(job: dict) -> None:
     ctx = L.llama_init_from_model(model, cp)
     vocabulary = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
     memory = L.llama_get_memory(ctx)
+    rng = np.random.default_rng(job["seed"])
 
-    def decode(ids: list[int]) -> int:
+    def evaluate(ids: list[int]) -> int:
         array = (L.llama_token * len(ids))(*ids)
         assert L.llama_decode(ctx, L.llama_batch_get_one(array, len(ids))) == 0
         logits = np.ctypeslib.as_array(L.llama_get_logits_ith(ctx, -1), shape=(vocabulary,))
         return int(logits.argmax())
 
-    rng = np.random.default_rng(job["seed"])
-    prompts, decodes = [], []
-    for turn in range(3):  # the first warms up
-        ids = rng.integers(100, 31000, job["prompt"]).tolist()
+    def prompt(count: int) -> float:
+        ids = rng.integers(100, 31000, count).tolist()
         L.llama_memory_clear(memory, True)
         begun = time.perf_counter()
-        decode(ids)
-        prompts += [len(ids) / (time.perf_counter() - begun)] if turn else []
-    for _ in range(2):
-        ids = rng.integers(100, 31000, 4).tolist()
+        evaluate(ids)
+        return count / (time.perf_counter() - begun)
+
+    def decode(count: int) -> float:
         L.llama_memory_clear(memory, True)
-        token = decode(ids)
+        token = evaluate(rng.integers(100, 31000, 4).tolist())
         begun = time.perf_counter()
-        for _ in range(job["decode"]):
-            token = decode([token])
-        decodes.append(job["decode"] / (time.perf_counter() - begun))
-    print(json.dumps({"prompt": max(prompts), "decode": max(decodes)}))
+        for _ in range(count):
+            token = evaluate([token])
+        return count / (time.perf_counter() - begun)
+
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        value = prompt(request["prompt"]) if "prompt" in request else decode(request["decode"])
+        print(json.dumps({"speed": value}), flush=True)
 
 
 def quantize(job: dict) -> None:
