@@ -28,6 +28,11 @@ def each_target(request: pytest.FixtureRequest) -> Target:
     return host(request.param)
 
 
+@pytest.fixture(scope="session")
+def lowerings() -> list[str]:
+    return available()
+
+
 class Machine:
     """Runs single operations; its teams live as long as the test session."""
 

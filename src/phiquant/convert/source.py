@@ -46,11 +46,13 @@ class Source(Protocol):
     def close(self) -> None:
         """Close the files."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def open_source(model: str | Path, *, quiet: bool = False) -> "Source":
@@ -84,7 +86,7 @@ def model_of(entries: Sequence[Entry], origin: str) -> Model:
     return Model(count(names.block_count), heads, count(names.head_count_kv, heads))
 
 
-class CheckpointSource:
+class CheckpointSource(Source):
     """A Hugging Face checkpoint under GGUF names."""
 
     def __init__(self, directory: str | Path) -> None:
@@ -150,16 +152,8 @@ class CheckpointSource:
         """See `Source`."""
         self._checkpoint.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class GGUFSource:
+class GGUFSource(Source):
     """A GGUF file as a source; its metadata is carried over, but for the keys of a split."""
 
     def __init__(self, path: str | Path) -> None:
@@ -200,14 +194,6 @@ class GGUFSource:
     def close(self) -> None:
         """See `Source`."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _phi3_named(name: Entry) -> Entry:
