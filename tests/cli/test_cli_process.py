@@ -56,6 +56,13 @@ def test_a_greedy_continuation(model: Path) -> None:
     assert "peak memory" in done.stderr
 
 
+def test_a_prompt_beyond_the_context_is_refused_before_anything_is_printed(model: Path) -> None:
+    done = run("run", model, "-no-cnv", "-p", "a word " * 100, "-c", "32")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "does not fit the context of 32" in done.stderr
+
+
 def test_a_seed_gives_the_same_text_again(model: Path) -> None:
     arguments = ("run", model, "-no-cnv", "-n", "12", "--quiet", "-s")
     first, again, other = (run(*arguments, seed, text=BEGINNING) for seed in ("5", "5", "6"))

@@ -9,6 +9,7 @@ def main() -> None:
     0 success, 1 an error told in one sentence, 2 wrong usage, 130 interrupted by Ctrl-C, 141 the reader of the output
     went away.
     """
+    import signal
     import sys
 
     try:
@@ -17,4 +18,6 @@ def main() -> None:
         status = run(sys.argv[1:])
     except KeyboardInterrupt:
         status = 130
+    # What was asked for is done, or undone: a Ctrl-C that comes now must not change the status while Python winds up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(status)

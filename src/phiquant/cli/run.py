@@ -209,9 +209,9 @@ def _continue(llm: LLM, options: RunOptions, prompt: str | None, printer: Printe
         raise RequestError("there is no text to continue; give it with --prompt or --file")
     if options.verbose_prompt:
         list_tokens(llm, llm.tokenize(prompt))
-    if options.display_prompt:
-        printer.write(prompt)
     with closing(llm.generate(prompt, stream=True, **options.sampling())) as chunks:  # type: ignore[type-var]
+        if options.display_prompt:  # not before the prompt has been accepted
+            printer.write(prompt)
         completion = show(chunks, printer)
     printer.finish_line()
     finish(llm, options, completion, notices)
