@@ -60,6 +60,8 @@ def quantize_rows(
         UnsupportedError: a type that this version does not read or write.
     """
     entry = quants.format_of(type)
+    if entry.quantize is None:
+        raise UnsupportedError(f"weights cannot be quantized to {type.name} by this version")
     if source not in FLOATS:
         raise UnsupportedError(f"{source.name} weights are not quantized directly; dequantize them to F32 first")
     if x.ndim != 2 or not x.flags.c_contiguous:
@@ -103,7 +105,8 @@ def dequantize_rows(data: npt.NDArray[Any], type: GGMLType, rows: int, columns: 
         WeightsError: the bytes are not that many.
         UnsupportedError: a type that this version does not read.
     """
-    quants.format_of(type)
+    if type not in quants.QUANTIZABLE:
+        raise UnsupportedError(f"weights of type {type.name} are not dequantized by this version")
     if columns % type.block_elements or data.nbytes != rows * (columns // type.block_elements) * type.block_bytes:
         raise WeightsError(f"{data.nbytes} bytes are not {rows} rows of {columns} {type.name} weights")
     if not data.flags.c_contiguous:

@@ -10,15 +10,19 @@ import numpy as np
 
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
-from phiquant.quants import kquants, legacy
+from phiquant.quants import iquants, kquants, legacy, microscaling, small
 from phiquant.quants.block import Blocks, Bytes, Floats, Format, Plane
 
-__all__ = ["QUANTIZABLE", "Format", "Plane", "block_dtype", "dequantize", "format_of", "quantize"]
+__all__ = ["QUANTIZABLE", "READABLE", "Format", "Plane", "block_dtype", "dequantize", "format_of", "quantize"]
 
-_FORMATS = {entry.type: entry for entry in (*legacy.FORMATS, *kquants.FORMATS)}
+_FAMILIES = (legacy.FORMATS, kquants.FORMATS, iquants.FORMATS, small.FORMATS, microscaling.FORMATS)
+_FORMATS = {entry.type: entry for family in _FAMILIES for entry in family}
 
-QUANTIZABLE: frozenset[GGMLType] = frozenset(_FORMATS)
-"""Types that `quantize` and `dequantize` know, the plain float types included."""
+READABLE: frozenset[GGMLType] = frozenset(_FORMATS)
+"""Types that `dequantize` knows, the plain float types included."""
+
+QUANTIZABLE: frozenset[GGMLType] = frozenset(kind for kind, entry in _FORMATS.items() if entry.quantize)
+"""Types that `quantize` knows, the plain float types included."""
 
 
 def format_of(type: GGMLType) -> Format:
@@ -52,6 +56,8 @@ def quantize(x: Floats, type: GGMLType, importance: Floats | None = None) -> Byt
     The bytes equal llama.cpp's. Types that take no importance (F32, F16, BF16, Q8_0) ignore it. Values must be finite.
     """
     entry = format_of(type)
+    if entry.quantize is None:
+        raise UnsupportedError(f"weights cannot be quantized to {type.name} by this version")
     x = np.asarray(x, np.float32)
     if x.ndim == 0 or x.shape[-1] % type.block_elements:
         raise WeightsError(

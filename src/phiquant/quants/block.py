@@ -46,13 +46,13 @@ class Format:
     """A tensor type: how a block is laid out, read and written.
 
     `dequantize` turns blocks [n] into float32 [n, elements]; `quantize` turns float32 rows [rows, columns] and an
-    optional importance [columns] into blocks [rows, columns / elements].
+    optional importance [columns] into blocks [rows, columns / elements]; None: this version does not write the type.
     """
 
     type: GGMLType
     dtype: np.dtype[np.void]
     dequantize: Callable[[Blocks], Floats]
-    quantize: Callable[[Floats, Floats | None], Blocks]
+    quantize: Callable[[Floats, Floats | None], Blocks] | None
     planes: tuple[Plane, ...] = field(default=())
 
     def __post_init__(self) -> None:
