@@ -4,6 +4,7 @@
     ├── FormatError            a file's bytes are not what its format promises
     │   ├── GGUFError          ... a GGUF file
     │   ├── CheckpointError    ... a Hugging Face checkpoint (config.json, safetensors, index)
+    │   ├── ImportanceError    ... an importance matrix (imatrix.gguf, or the older .dat)
     │   ├── TokenizerError     ... a vocabulary or tokenizer file
     │   └── TemplateError      ... a chat template: syntax, run time, time or memory limit
     ├── UnsupportedError       well-formed, but not something this version does
@@ -25,6 +26,7 @@ __all__ = [
     "ContextError",
     "FormatError",
     "GGUFError",
+    "ImportanceError",
     "KernelError",
     "OutputError",
     "PhiquantError",
@@ -52,6 +54,10 @@ class GGUFError(FormatError):
 
 class CheckpointError(FormatError):
     """A Hugging Face checkpoint is incomplete, corrupt or contradictory."""
+
+
+class ImportanceError(FormatError):
+    """An importance matrix is truncated, corrupt, empty or does not belong to the model."""
 
 
 class TokenizerError(FormatError):

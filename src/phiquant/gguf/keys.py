@@ -58,6 +58,15 @@ SPLIT_NO: Final = "split.no"
 SPLIT_COUNT: Final = "split.count"
 SPLIT_TENSORS_COUNT: Final = "split.tensors.count"
 
+# importance matrices: of a file that holds one, and of a model that was quantized with one
+IMATRIX_DATASETS: Final = "imatrix.datasets"
+IMATRIX_CHUNK_COUNT: Final = "imatrix.chunk_count"
+IMATRIX_CHUNK_SIZE: Final = "imatrix.chunk_size"
+QUANTIZE_IMATRIX_FILE: Final = "quantize.imatrix.file"
+QUANTIZE_IMATRIX_DATASET: Final = "quantize.imatrix.dataset"
+QUANTIZE_IMATRIX_ENTRIES: Final = "quantize.imatrix.entries_count"
+QUANTIZE_IMATRIX_CHUNKS: Final = "quantize.imatrix.chunks_count"
+
 # tokenizer
 TOKENIZER_MODEL: Final = "tokenizer.ggml.model"
 TOKENIZER_PRE: Final = "tokenizer.ggml.pre"
