@@ -1,4 +1,5 @@
-# make help lists the targets. Variables: PYTHON, VENV, TORCH, PARITY_VENV, INTEROP_VENV, LLAMA_CPP_PYTHON.
+# make help lists the targets. Variables: PYTHON, VENV, TORCH, PARITY_VENV, INTEROP_VENV, LLAMA_CPP_PYTHON,
+# LLAMA_CPP_SOURCE, LLAMA_CPP_NATIVE, SYNTHETIC.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +9,7 @@ PARITY_VENV ?= $(CACHE)/parity
 LLAMA_CPP_PYTHON ?= llama-cpp-python==0.3.36
 INTEROP_VENV ?= $(CACHE)/interop
 LLAMA_CPP_SOURCE ?= $(CACHE)/llama.cpp
+LLAMA_CPP_NATIVE ?= $(CACHE)/llama.cpp-native
 SYNTHETIC ?= $(CACHE)/synthetic
 
 BIN := $(VENV)/bin
@@ -20,10 +22,10 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity interop bench clean
+.PHONY: help demo test check docs parity interop bench bench-types clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 demo: $(VENV)/.ready ## convert, quantize and run the bundled model; a table of sizes, times and quality
 	$(BIN)/python scripts/demo.py
@@ -53,6 +55,11 @@ bench: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## measure against 
 	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
 	$(BIN)/python benchmarks/compare_llama_cpp.py $(SYNTHETIC) \
 		--peer $(INTEROP_VENV)/bin/python --converter-python $(PARITY_VENV)/bin/python --source $(LLAMA_CPP_SOURCE)
+
+bench-types: $(VENV)/.ready-tests $(INTEROP_STAMP) $(LLAMA_CPP_NATIVE)/bin/llama-quantize ## measure every file type against llama.cpp (an hour)
+	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
+	test -e $(SYNTHETIC)-F16.gguf || $(BIN)/phiquant convert $(SYNTHETIC) --outfile $(SYNTHETIC)-F16.gguf --outtype f16
+	$(BIN)/python benchmarks/compare_types.py $(SYNTHETIC)-F16.gguf --tools $(LLAMA_CPP_NATIVE)/bin --peer $(INTEROP_VENV)/bin/python
 
 clean: ## remove what make and the tests made in this folder (the shared environments stay)
 	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -86,4 +93,8 @@ $(INTEROP_STAMP):
 		$(EXACT) $(INTEROP_VENV)/bin/python $(PIP) --no-binary llama-cpp-python '$(LLAMA_CPP_PYTHON)'
 	test -e $(LLAMA_CPP_SOURCE)/convert_hf_to_gguf.py || sh scripts/fetch_llama_cpp.sh \
 		$(INTEROP_VENV)/bin/python '$(LLAMA_CPP_PYTHON)' $(LLAMA_CPP_SOURCE)
+	@touch $@
+
+$(LLAMA_CPP_NATIVE)/bin/llama-quantize: $(INTEROP_STAMP)
+	sh scripts/build_llama_cpp.sh $(LLAMA_CPP_SOURCE) $(LLAMA_CPP_NATIVE)
 	@touch $@
