@@ -23,7 +23,7 @@ from phiquant import arch
 from phiquant.engine import Engine, Finish, Sampling, TokenMask
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
-from phiquant.gguf import GGMLType, GGUFFile
+from phiquant.gguf import GGMLType, GGUFFile, open_model
 from phiquant.kernels.ops import Capacity
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
@@ -146,7 +146,7 @@ class LLM:
         """Open a GGUF file and make it ready.
 
         Args:
-            path: of the file.
+            path: of the file; of a model in several parts, the first.
             context: most tokens of a sequence; 0, or more than the model has been trained for, for all it can.
             threads: native threads; 0 for as many as the process may use.
             gpu_layers: how many layers to put on a GPU; while there is no backend for one, `notes` says so.
@@ -172,7 +172,7 @@ class LLM:
         ):
             if value < least:
                 raise RequestError(f"{name} is {value} and must be at least {least}")
-        gguf = GGUFFile.open(path)
+        gguf = open_model(path)
         try:
             config = arch.load(gguf)
             context = min(context or config.context_length, config.context_length)

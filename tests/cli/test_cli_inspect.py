@@ -64,6 +64,7 @@ def test_json_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "type": "Q4_K",
         "size": 432,
         "offset": document["data_offset"],
+        "part": 0,
     }
     assert norm["offset"] == document["data_offset"] + 448
     totals = document["totals"]

@@ -296,7 +296,7 @@ class TestRefusals:
             ),
             (
                 [("general.architecture", "phi3", ValueType.STRING), ("split.count", 3, ValueType.UINT16)],
-                UnsupportedError,
+                GGUFError,
             ),
         ],
     )

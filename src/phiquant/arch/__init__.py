@@ -17,8 +17,8 @@ ARCHITECTURES: Final[Mapping[str, Callable[[GGUFFile], Phi3Config]]] = MappingPr
 def load(gguf: GGUFFile) -> Phi3Config:
     """The checked hyperparameters of the model in a file.
 
-    ArchitectureError for an unknown architecture, UnsupportedError for a part of a split model, GGUFError where keys
-    and tensors do not make a model.
+    ArchitectureError for an unknown architecture, UnsupportedError for a lone part of a split model, GGUFError where
+    keys and tensors do not make a model.
     """
     architecture = gguf.require(keys.ARCHITECTURE, str)
     read = ARCHITECTURES.get(architecture)
@@ -28,10 +28,10 @@ def load(gguf: GGUFFile) -> Phi3Config:
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
     parts = gguf.get(keys.SPLIT_COUNT, int, 1)
-    if parts > 1:
+    if parts > 1 and len(gguf.parts) != parts:
         raise UnsupportedError(
-            f"{gguf.path} is one of the {parts} parts of a split model, which this version does not read; "
-            "merge them with `llama-gguf-split --merge`."
+            f"{gguf.path} is one of the {parts} parts of a split model and was opened alone; open the model by its "
+            "first part (phiquant.gguf.open_model)."
         )
     if not gguf.tensors:
         raise GGUFError(f"{gguf.path} holds a vocabulary and no weights; give a file with the whole model.")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys
+from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys, open_model
 
 __all__ = ["inspect"]
 
@@ -27,9 +27,10 @@ def inspect(path: Path, as_json: bool) -> None:
     """Print header, metadata, tensor table and totals of a GGUF file to standard output; GGUFError if it is not one.
 
     Tensor shapes are in GGUF's order (the contiguous extent first) and offsets count from the start of the file. JSON
-    holds the same, with strings in full and the first items of each array beside their count.
+    holds the same, with strings in full and the first items of each array beside their count. The first part of a split
+    model stands for all parts, each of which is then named.
     """
-    with GGUFFile.open(path) as gguf:
+    with open_model(path) as gguf:
         if as_json:
             json.dump(_document(gguf), sys.stdout, indent=2, allow_nan=False)
             sys.stdout.write("\n")
@@ -45,6 +46,7 @@ def _document(gguf: GGUFFile) -> dict[str, Any]:
         "byte_order": gguf.byte_order,
         "alignment": gguf.alignment,
         "data_offset": gguf.data_offset,
+        "parts": [{"path": str(part.path), "size": part.size, "tensors": len(part.tensors)} for part in gguf.parts],
         "file_type": _file_type(gguf),
         "metadata": {key: _field(field) for key, field in gguf.fields.items()},
         "tensors": [
@@ -53,7 +55,8 @@ def _document(gguf: GGUFFile) -> dict[str, Any]:
                 "shape": info.shape[::-1],
                 "type": info.type.name,
                 "size": info.nbytes,
-                "offset": gguf.data_offset + info.offset,
+                "offset": gguf.locate(info.name)[1],
+                "part": gguf.parts.index(gguf.locate(info.name)[0]),
             }
             for info in gguf.tensors.values()
         ],
@@ -111,6 +114,9 @@ def _print(gguf: GGUFFile) -> None:
     header.add_row("file", _safe(str(gguf.path)))
     header.add_row("size", f"{gguf.size:,} bytes")
     header.add_row("format", f"GGUF {gguf.version}, {gguf.byte_order}-endian, aligned to {gguf.alignment}")
+    if len(gguf.parts) > 1:
+        shown = [f"{part.path.name}: {len(part.tensors)} tensors, {part.size:,} bytes" for part in gguf.parts]
+        header.add_row("parts", _safe("\n".join(shown), keep="\n"))
     header.add_row("file type", _file_type(gguf) or "not stated")
     console.print(header)
 
@@ -123,7 +129,7 @@ def _print(gguf: GGUFFile) -> None:
     tensors = _table("name", "shape", "type", "size", "offset", title=f"Tensors: {len(gguf.tensors)}", right=(3, 4))
     for info in gguf.tensors.values():
         shape = " x ".join(map(str, info.shape[::-1])) or "1"
-        offset = gguf.data_offset + info.offset
+        offset = gguf.locate(info.name)[1]
         tensors.add_row(_safe(info.name), shape, info.type.name, f"{info.nbytes:,}", f"{offset:,}")
     console.print(tensors)
 
@@ -159,6 +165,6 @@ def _shortened(text: str, limit: int = SHOWN_TEXT) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
-def _safe(text: str) -> Text:
+def _safe(text: str, keep: str = "") -> Text:
     """Text from a file for a terminal: what is not printable is escaped, so that it cannot steer the terminal."""
-    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    return Text("".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text))

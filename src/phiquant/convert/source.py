@@ -19,12 +19,14 @@ from phiquant.convert.recipes import Model, Tensor
 from phiquant.convert.safetensors import StoredTensor
 from phiquant.convert.vocabulary import TokenizerFiles, strips_whitespace, tokenizer_keys
 from phiquant.errors import ArchitectureError, CheckpointError, GGUFError, UnsupportedError
-from phiquant.gguf import GGMLType, GGUFFile, keys
+from phiquant.gguf import GGMLType, keys, open_model
+from phiquant.gguf.split import split_name
 
 __all__ = ["CheckpointSource", "GGUFSource", "Source", "model_of", "open_source"]
 
 QUANTIZATION_VERSION = 2
 VERSION_KEY = "phiquant.version"
+_SPLIT_KEYS = (keys.SPLIT_NO, keys.SPLIT_COUNT, keys.SPLIT_TENSORS_COUNT)
 
 _DTYPES = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16, "F64": GGMLType.F64}
 _Bytes = npt.NDArray[np.uint8]
@@ -154,32 +156,43 @@ class CheckpointSource(Source):
 
 
 class GGUFSource(Source):
-    """A GGUF file as a source; its metadata is carried over, but for the keys of a split."""
+    """A GGUF model, in one file or several parts; its metadata is carried over, but for the keys of the split.
+
+    `part_sizes`: how many tensors each part holds.
+    """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        self.files: Sequence[Path] = [path]
-        with GGUFFile.open(path) as file:
-            if file.get(keys.SPLIT_COUNT, int, 0) > 1:
-                raise UnsupportedError(
-                    f"{path} is one of several parts of a model; join them first (llama-gguf-split --merge)."
-                )
-            self.name = path.stem
-            self._offsets = {info.name: file.data_offset + info.offset for info in file.tensors.values()}
-            self._sizes = {info.name: info.nbytes for info in file.tensors.values()}
+        with open_model(path) as model:
+            self.files: Sequence[Path] = [part.path for part in model.parts]
+            self.part_sizes = tuple(len(part.tensors) for part in model.parts)
+            named = split_name(path) if len(self.files) > 1 else None
+            self.name = named[0].name if named else path.stem
+            places = [model.locate(name) for name in model.tensors]
+            self._places = {
+                info.name: (model.parts.index(part), offset, info.nbytes)
+                for info, (part, offset) in zip(model.tensors.values(), places, strict=True)
+            }
             self.tensors: Sequence[Tensor] = [
-                Tensor(info.name, info.shape or (1,), info.type) for info in file.tensors.values()
+                Tensor(info.name, info.shape or (1,), info.type) for info in model.tensors.values()
             ]
-            self._entries = [
+            self.metadata: Sequence[Entry] = [
                 Entry(key, field.type, field.value, field.item_type)
-                for key, field in file.fields.items()
-                if not key.startswith("split.") and key != keys.ALIGNMENT  # written in one part, aligned to 32
+                for key, field in model.fields.items()
+                # What is written is aligned to 32.
+                if key not in _SPLIT_KEYS and (key != keys.ALIGNMENT or model.alignment == 32)
             ]
-        self._file = PositionedFile(path, GGUFError)
+        self._files: list[PositionedFile] = []
+        try:
+            for file in self.files:
+                self._files.append(PositionedFile(file, GGUFError))
+        except BaseException:
+            self.close()
+            raise
 
     def entries(self, file_type: int | None) -> list[Entry]:
         """The file's metadata with file type and quantization version set, in the file's order."""
-        entries = {entry.key: entry for entry in self._entries}
+        entries = {entry.key: entry for entry in self.metadata}
         if file_type is not None:
             entries[keys.FILE_TYPE] = uint32(keys.FILE_TYPE, file_type)
         entries[keys.QUANTIZATION_VERSION] = uint32(keys.QUANTIZATION_VERSION, QUANTIZATION_VERSION)
@@ -187,13 +200,15 @@ class GGUFSource(Source):
 
     def read_into(self, tensor: str, begin: int, target: _Bytes) -> None:
         """See `Source`."""
-        if begin + target.size > self._sizes[tensor]:
-            raise ValueError(f"bytes {begin} to {begin + target.size} of {tensor}, which has {self._sizes[tensor]}")
-        self._file.read_into(self._offsets[tensor] + begin, target)
+        part, offset, size = self._places[tensor]
+        if begin + target.size > size:
+            raise ValueError(f"bytes {begin} to {begin + target.size} of {tensor}, which has {size}")
+        self._files[part].read_into(offset + begin, target)
 
     def close(self) -> None:
         """See `Source`."""
-        self._file.close()
+        for file in self._files:
+            file.close()
 
 
 def _phi3_named(name: Entry) -> Entry:

@@ -2,7 +2,8 @@
 
 from phiquant.gguf.header import Field, TensorInfo
 from phiquant.gguf.reader import GGUFFile
+from phiquant.gguf.split import open_model
 from phiquant.gguf.types import FileType, GGMLType, ValueType
 from phiquant.gguf.writer import GGUFWriter
 
-__all__ = ["Field", "FileType", "GGMLType", "GGUFFile", "GGUFWriter", "TensorInfo", "ValueType"]
+__all__ = ["Field", "FileType", "GGMLType", "GGUFFile", "GGUFWriter", "TensorInfo", "ValueType", "open_model"]

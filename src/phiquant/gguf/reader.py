@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.errors import GGUFError
-from phiquant.gguf.header import Field, Header
+from phiquant.gguf.header import Field, Header, TensorInfo
 from phiquant.gguf.types import ValueType
 
 __all__ = ["GGUFFile"]
@@ -53,7 +53,8 @@ class GGUFFile:
 
     Attributes: `path`, `version` (2 or 3), `alignment` and `data_offset` in bytes, `size` of the file in bytes,
     `byte_order` ("little"), `fields` (key -> Field), `metadata` (key -> plain value), `tensors` (name -> TensorInfo),
-    the last three in the file's order. Strings and arrays are read on first use: not after `close`.
+    the last three in the file's order. Strings and arrays are read on first use: not after `close`. One part of a split
+    model is a file like any other here; `open_model` presents all parts as one.
     """
 
     byte_order: Final = "little"
@@ -95,6 +96,21 @@ class GGUFFile:
                 mapped.close()
             raise
 
+    @property
+    def parts(self) -> "tuple[GGUFFile, ...]":
+        """The files that hold the tensors, in order: this one, if the model is not split."""
+        return (self,)
+
+    def locate(self, name: str) -> "tuple[GGUFFile, int]":
+        """The file that holds a tensor, and where in it its bytes start; GGUFError if there is none such."""
+        return self, self.data_offset + self._info(name).offset
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise GGUFError(f"{self.path} has no tensor {name!r}.")
+        return info
+
     def close(self) -> None:
         """Forget the mapping; arrays that `data` gave out keep it alive until they go."""
         mapped, self._map, self._bytes = self._map, None, None
@@ -115,9 +131,7 @@ class GGUFFile:
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor: uint8 [nbytes], a read-only view of the mapped file; GGUFError if it has none such."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise GGUFError(f"{self.path} has no tensor {name!r}.")
+        info = self._info(name)
         if self._bytes is None:
             raise ValueError(f"{self.path} is closed")
         start = self.data_offset + info.offset
