@@ -1,4 +1,4 @@
-"""Where groups of levels go that are no points of their lattice: the points nearest to them, among which weights decide.
+"""Where groups of levels go that are no points of their lattice: the points nearest, among which weights decide.
 
 A group of 8 or 4 levels has a *key*, its levels as digits of a number, the first one lowest: to base 3 where a
 component of the lattice has three values (6561 keys), to base 8 where it has eight (4096).
