@@ -13,6 +13,7 @@ from phiquant.convert.recipes import (
     PlannedTensor,
     Tensor,
     TypePattern,
+    check_options,
     check_requantization,
     plan_conversion,
     plan_quantization,
@@ -125,6 +126,23 @@ def test_more_bits_in_the_layers_that_matter() -> None:
         ("F16", {"F16": 32}, "F16", {"F16": 32}, "F16", "F16", "F16"),
         ("BF16", {"BF16": 32}, "BF16", {"BF16": 32}, "BF16", "BF16", "BF16"),
         ("F32", {"F32": 32}, "F32", {"F32": 32}, "F32", "F32", "F32"),
+        ("IQ1_S", {"Q2_K": 32}, "IQ2_XXS", {"Q2_K": 4, "IQ1_S": 28}, "IQ1_S", "Q5_K", "Q2_K"),
+        ("IQ1_M", {"Q2_K": 32}, "IQ2_XXS", {"Q2_K": 4, "IQ1_M": 28}, "IQ1_M", "Q5_K", "Q2_K"),
+        ("IQ2_XXS", {"Q2_K": 32}, "IQ2_XXS", {"Q2_K": 4, "IQ2_XXS": 28}, "IQ2_XXS", "Q5_K", "Q2_K"),
+        ("IQ2_XS", {"Q2_K": 32}, "IQ2_XS", {"Q2_K": 4, "IQ2_XS": 28}, "IQ2_XS", "Q5_K", "Q2_K"),
+        ("IQ2_S", {"IQ3_S": 32}, "IQ3_S", {"IQ3_S": 4, "IQ2_XS": 28}, "IQ2_XS", "Q5_K", "IQ3_S"),
+        ("IQ2_M", {"IQ3_S": 32}, "IQ3_S", {"IQ3_S": 4, "IQ2_S": 28}, "IQ2_S", "Q5_K", "IQ3_S"),
+        ("IQ3_XXS", {"IQ3_S": 32}, "IQ3_S", {"Q4_K": 4, "Q3_K": 28}, "IQ3_XXS", "Q5_K", "IQ3_S"),
+        ("IQ3_S", {"IQ3_S": 32}, "IQ3_S", {"IQ3_S": 32}, "IQ3_S", "Q6_K", "IQ3_S"),
+        ("IQ3_M", {"Q4_K": 32}, "Q4_K", {"Q4_K": 4, "IQ3_S": 28}, "IQ3_S", "Q6_K", "IQ3_S"),
+        ("IQ4_NL", {"IQ4_NL": 32}, "IQ4_NL", {"Q5_K": 4, "IQ4_NL": 28}, "IQ4_NL", "Q6_K", "IQ4_NL"),
+        ("IQ4_XS", {"IQ4_XS": 32}, "IQ4_XS", {"Q5_K": 4, "IQ4_XS": 28}, "IQ4_XS", "Q6_K", "IQ4_XS"),
+        ("Q1_0", {"Q1_0": 32}, "Q1_0", {"Q1_0": 32}, "Q1_0", "Q6_K", "Q1_0"),
+        ("Q2_0", {"Q2_0": 32}, "Q2_0", {"Q2_0": 32}, "Q2_0", "Q6_K", "Q4_K"),
+        ("TQ1_0", {"TQ1_0": 32}, "TQ1_0", {"TQ1_0": 32}, "TQ1_0", "Q6_K", "Q4_K"),
+        ("TQ2_0", {"TQ2_0": 32}, "TQ2_0", {"TQ2_0": 32}, "TQ2_0", "Q6_K", "Q4_K"),
+        ("MXFP4_MOE", {"Q8_0": 32}, "Q8_0", {"Q8_0": 32}, "Q8_0", "Q8_0", "Q8_0"),
+        ("NVFP4", {"NVFP4": 32}, "NVFP4", {"NVFP4": 32}, "NVFP4", "Q6_K", "NVFP4"),
     ],
 )
 def test_every_mix(
@@ -147,6 +165,61 @@ def test_every_mix(
         t.name: t.type.name for t in plan((model(3072, 8192, 32, 32, 32, 32064, tied=True), Model(32, 32, 32)), kind)
     }
     assert tied["token_embd.weight"] == output
+
+
+def test_the_middle_layers_of_iq3_xs() -> None:
+    planned = plan(PHI3_MINI, "IQ3_XS")
+    assert layers_of(planned, "ffn_up", "IQ3_XXS") == list(range(4, 28))
+    assert layers_of(planned, "ffn_up", "IQ3_S") == [*range(4), *range(28, 32)]
+    assert layers_of(planned, "attn_qkv", "IQ3_S") == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "without", "with_it"),
+    [
+        ("Q4_0", "ffn_down", {"Q4_0": 32}, {"Q4_1": 4, "Q4_0": 28}),
+        ("Q5_0", "ffn_down", {"Q5_0": 32}, {"Q5_1": 4, "Q5_0": 28}),
+        ("IQ3_XXS", "ffn_down", {"Q4_K": 4, "Q3_K": 28}, {"IQ3_XXS": 32}),
+        ("IQ3_XXS", "attn_qkv", {"IQ3_S": 32}, {"IQ3_XXS": 32}),
+        ("IQ4_XS", "ffn_down", {"Q5_K": 4, "IQ4_XS": 28}, {"IQ4_XS": 32}),
+        ("IQ4_NL", "ffn_down", {"Q5_K": 4, "IQ4_NL": 28}, {"IQ4_NL": 32}),
+        ("Q4_K_M", "ffn_down", {"Q6_K": 16, "Q4_K": 16}, {"Q6_K": 16, "Q4_K": 16}),
+    ],
+)
+def test_importance_changes_some_mixtures(
+    kind: str, part: str, without: dict[str, int], with_it: dict[str, int]
+) -> None:
+    for importance, expected in ((False, without), (True, with_it)):
+        planned = plan_quantization(PHI3_MINI[0], parse_file_type(kind), PHI3_MINI[1], Options(), importance=importance)
+        assert inventory([tensor for tensor in planned if part in tensor.name]) == expected
+
+
+def test_options_that_contradict_one_another() -> None:
+    pattern = (TypePattern.parse("attn_qkv=q8_0"),)
+    for kind, options, what in (
+        ("COPY", Options(pure=True), "--pure chooses types, and COPY"),
+        ("COPY", Options(tensor_types=pattern), "--tensor-type chooses types, and COPY"),
+        ("COPY", Options(output_tensor_type=GGMLType.F16), "--output-tensor-type chooses"),
+        ("COPY", Options(token_embedding_type=GGMLType.F16), "--token-embedding-type chooses"),
+        ("F16", Options(tensor_types=pattern), "quantized file types only, not with F16"),
+        ("Q8_0", Options(leave_output_tensor=True, output_tensor_type=GGMLType.F16), "contradict one another"),
+    ):
+        with pytest.raises(RequestError, match=what):
+            check_options(parse_file_type(kind), options)
+    for kind, options in (
+        ("COPY", Options()),
+        ("COPY", Options(leave_output_tensor=True)),
+        ("F16", Options(output_tensor_type=GGMLType.F32)),
+        ("Q4_K", Options(pure=True, tensor_types=pattern)),
+    ):
+        check_options(parse_file_type(kind), options)
+
+
+@pytest.mark.parametrize("pattern", ["atn_qkv", "norm", "rope_factors", r"blk\.32\."])
+def test_a_pattern_that_matches_nothing(pattern: str) -> None:
+    """Vectors do not count: no type would reach them."""
+    with pytest.raises(RequestError, match=r"--tensor-type .*no weight's name holds this pattern"):
+        plan(PHI35_MINI, "Q4_K_M", tensor_types=(TypePattern.parse("qkv=q8_0"), TypePattern.parse(f"{pattern}=q8_0")))
 
 
 def test_grouped_queries_give_values_more_bits_in_q2_k() -> None:
@@ -223,6 +296,15 @@ def test_malformed_patterns(text: str) -> None:
         ("Q8_0", 100, "F16"),
         ("Q8_0", 96, "Q8_0"),
         ("F16", 100, "F16"),
+        ("IQ1_S", 96, "IQ4_NL"),
+        ("IQ2_M", 96, "IQ4_NL"),
+        ("IQ3_XXS", 96, "IQ4_NL"),
+        ("IQ4_XS", 96, "IQ4_NL"),
+        ("IQ4_XS", 100, "F16"),
+        ("TQ1_0", 96, "Q4_0"),
+        ("Q2_0", 96, "Q4_0"),
+        ("Q2_0", 192, "Q2_0"),
+        ("Q1_0", 128, "Q1_0"),
     ],
 )
 def test_fallback_for_rows_that_do_not_divide(kind: str, columns: int, expected: str) -> None:
@@ -232,6 +314,14 @@ def test_fallback_for_rows_that_do_not_divide(kind: str, columns: int, expected:
     same = planned.type is DEFAULT_TYPES[FileType[kind]]
     assert (planned.fallback is None) == same
     assert same or f"rows of {columns}" in str(planned.fallback)
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("Q1_0", 64), ("NVFP4", 32)])
+def test_types_that_nothing_stands_in_for(kind: str, columns: int) -> None:
+    """llama-quantize ends with an error too."""
+    tensor = Tensor("blk.0.ffn_up.weight", (8, columns), GGMLType.F32)
+    with pytest.raises(WeightsError, match=rf"blk\.0\.ffn_up\.weight: rows of {columns} .*--tensor-type"):
+        plan_quantization([tensor], parse_file_type(kind), Model(1, 1, 1), Options())
 
 
 def test_output_falls_back_to_q8_0() -> None:
@@ -274,6 +364,11 @@ def test_requantization_needs_leave() -> None:
         ("copy", "COPY"),
         (" Q8_0 ", "Q8_0"),
         ("21", "Q2_K_S"),
+        ("iq2_m", "IQ2_M"),
+        ("38", "MXFP4_MOE"),
+        ("mxfp4", "MXFP4_MOE"),
+        ("nvfp4", "NVFP4"),
+        ("41", "Q2_0"),
     ],
 )
 def test_file_types_by_name_number_and_alias(text: str, name: str) -> None:
@@ -281,6 +376,7 @@ def test_file_types_by_name_number_and_alias(text: str, name: str) -> None:
 
 
 def test_every_file_type_by_its_number() -> None:
+    assert set(DEFAULT_TYPES) == set(FileType) - {FileType.GUESSED}
     for kind in DEFAULT_TYPES:
         assert parse_file_type(str(int(kind))).file_type is kind
 
@@ -293,13 +389,6 @@ def test_the_nearest_name_is_offered(text: str, near: str) -> None:
         parse_file_type(text)
 
 
-@pytest.mark.parametrize("text", ["IQ4_XS", "iq2_m", "TQ1_0", "30", "MXFP4_MOE", "38"])
-def test_types_of_llama_cpp_that_are_not_here(text: str) -> None:
-    with pytest.raises(UnsupportedError, match="not made by this version") as caught:
-        parse_file_type(text)
-    assert not isinstance(caught.value, TypeNameError)
-
-
 @pytest.mark.parametrize("text", ["", "4", "99999999999999999999", "-1", "٣", "GUESSED", "\0"])
 def test_no_type_at_all(text: str) -> None:
     with pytest.raises(TypeNameError):
@@ -310,8 +399,9 @@ def test_tensor_types() -> None:
     assert parse_tensor_type("q4_k") is GGMLType.Q4_K
     with pytest.raises(TypeNameError, match="did you mean Q4_K"):
         parse_tensor_type("Q4_K_M")
-    with pytest.raises(UnsupportedError, match="IQ4_NL are not made"):
-        parse_tensor_type("iq4_nl")
+    assert parse_tensor_type("iq4_nl") is GGMLType.IQ4_NL
+    with pytest.raises(UnsupportedError, match="not stored as Q8_K"):
+        parse_tensor_type("q8_k")
 
 
 def test_overrides() -> None:

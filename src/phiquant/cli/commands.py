@@ -151,6 +151,33 @@ def quantize(
             help="Type of the tensors whose name holds this regular expression; may be repeated, the first match wins.",
         ),
     ] = None,
+    tensor_type_file: Annotated[
+        Path | None,
+        Option(
+            "--tensor-type-file",
+            metavar="FILE",
+            help="Further PATTERN=TYPE from a file, separated by spaces or newlines; they come after --tensor-type.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        Option("--imatrix", metavar="FILE", help="Weigh errors by this importance matrix, GGUF or .dat."),
+    ] = None,
+    include_weights: Annotated[
+        list[str] | None,
+        Option(
+            "--include-weights", metavar="NAME", help="Use it only for weights with this in their name; repeatable."
+        ),
+    ] = None,
+    exclude_weights: Annotated[
+        list[str] | None,
+        Option(
+            "--exclude-weights", metavar="NAME", help="Do not use it for weights with this in their name; repeatable."
+        ),
+    ] = None,
+    prune_layers: Annotated[
+        str | None, Option("--prune-layers", metavar="L0,L1,...", help="Leave these layers out, counted from 0.")
+    ] = None,
     leave_output_tensor: Annotated[bool, Option("--leave-output-tensor", help="Leave output.weight as it is.")] = False,
     allow_requantize: Annotated[
         bool, Option("--allow-requantize", help="Quantize what is quantized already, at a loss.")
@@ -172,6 +199,11 @@ def quantize(
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
         tensor_type=tensor_type or [],
+        tensor_type_file=tensor_type_file,
+        imatrix=imatrix,
+        include_weights=include_weights or [],
+        exclude_weights=exclude_weights or [],
+        prune_layers=prune_layers,
         leave_output_tensor=leave_output_tensor,
         allow_requantize=allow_requantize,
         override_kv=override_kv or [],

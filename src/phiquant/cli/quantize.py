@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
-from phiquant.convert import Options, Target, TypePattern, parse_file_type, parse_tensor_type
+from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
 from phiquant.convert.overrides import parse_override
 from phiquant.convert.plan import plan_quantize
+from phiquant.convert.prune import parse_layers
 from phiquant.convert.run import execute
 from phiquant.convert.source import open_source
-from phiquant.errors import RequestError, TypeNameError, UnsupportedError
+from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGMLType
 
 __all__ = ["Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
@@ -34,6 +35,11 @@ class QuantizeOptions:
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
     tensor_type: Sequence[str] = ()
+    tensor_type_file: Path | None = None
+    imatrix: Path | None = None
+    include_weights: Sequence[str] = ()
+    exclude_weights: Sequence[str] = ()
+    prune_layers: str | None = None
     leave_output_tensor: bool = False
     allow_requantize: bool = False
     override_kv: Sequence[str] = ()
@@ -46,14 +52,17 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None) -
     """Quantize, or show what would be done. `arguments`: IN [OUT] TYPE [NTHREADS]."""
     parsed = parse_arguments(arguments)
     options = options or QuantizeOptions()
+    patterns = [*options.tensor_type, *_listed_types(options.tensor_type_file)]
     chosen = Options(
         pure=options.pure,
         output_tensor_type=_tensor_type(options.output_tensor_type),
         token_embedding_type=_tensor_type(options.token_embedding_type),
-        tensor_types=tuple(TypePattern.parse(text) for text in options.tensor_type),
+        tensor_types=tuple(TypePattern.parse(text) for text in patterns),
         leave_output_tensor=options.leave_output_tensor,
     )
     overrides = [parse_override(text) for text in options.override_kv]
+    importance = _importance(options)
+    prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     with open_source(parsed.model, quiet=options.quiet) as source:
         plan = plan_quantize(
             source,
@@ -62,6 +71,9 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None) -
             chosen,
             overrides=overrides,
             allow_requantize=options.allow_requantize,
+            importance=importance,
+            prune=prune,
+            dry_run=options.dry_run,
         )
         if options.dry_run:
             print_plan(plan)
@@ -93,9 +105,29 @@ def _names_a_type(text: str) -> bool:
         parse_file_type(text)
     except TypeNameError:
         return False
-    except UnsupportedError:
-        return True
     return True
+
+
+def _importance(options: QuantizeOptions) -> Importance | None:
+    if options.imatrix is None:
+        for name, given in (("include", options.include_weights), ("exclude", options.exclude_weights)):
+            if given:
+                raise RequestError(
+                    f"--{name}-weights chooses entries of an importance matrix; pass one with --imatrix."
+                )
+        return None
+    return Importance.open(options.imatrix, options.include_weights, options.exclude_weights)
+
+
+def _listed_types(path: Path | None) -> list[str]:
+    """PATTERN=TYPE, separated by spaces or newlines."""
+    if path is None:
+        return []
+    try:
+        return path.read_text("utf-8").split()
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text"
+        raise RequestError(f"--tensor-type-file {path} cannot be read: {reason}.") from error
 
 
 def _tensor_type(text: str | None) -> GGMLType | None:

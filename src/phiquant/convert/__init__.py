@@ -4,8 +4,10 @@ from phiquant.convert.filetypes import Target, parse_file_type, parse_tensor_typ
 from phiquant.convert.plan import Plan
 from phiquant.convert.recipes import Options, TypePattern
 from phiquant.convert.run import Progress, Report, convert, execute, quantize
+from phiquant.convert.weighing import Importance
 
 __all__ = [
+    "Importance",
     "Options",
     "Plan",
     "Progress",

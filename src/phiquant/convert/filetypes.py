@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from phiquant.errors import TypeNameError, UnsupportedError
 from phiquant.gguf.types import FileType, GGMLType
 
-__all__ = ["COPY", "DEFAULT_TYPES", "SUPPORTED_TENSOR_TYPES", "Target", "parse_file_type", "parse_tensor_type"]
+__all__ = ["COPY", "DEFAULT_TYPES", "TENSOR_TYPES", "Target", "parse_file_type", "parse_tensor_type"]
 
 # the type that most tensors of a file type have
 DEFAULT_TYPES = {
@@ -28,11 +28,33 @@ DEFAULT_TYPES = {
     FileType.Q5_K_S: GGMLType.Q5_K,
     FileType.Q5_K_M: GGMLType.Q5_K,
     FileType.Q6_K: GGMLType.Q6_K,
+    FileType.IQ1_S: GGMLType.IQ1_S,
+    FileType.IQ1_M: GGMLType.IQ1_M,
+    FileType.IQ2_XXS: GGMLType.IQ2_XXS,
+    FileType.IQ2_XS: GGMLType.IQ2_XS,
+    FileType.IQ2_S: GGMLType.IQ2_XS,
+    FileType.IQ2_M: GGMLType.IQ2_S,
+    FileType.IQ3_XXS: GGMLType.IQ3_XXS,
+    FileType.IQ3_XS: GGMLType.IQ3_S,
+    FileType.IQ3_S: GGMLType.IQ3_S,
+    FileType.IQ3_M: GGMLType.IQ3_S,
+    FileType.IQ4_NL: GGMLType.IQ4_NL,
+    FileType.IQ4_XS: GGMLType.IQ4_XS,
+    FileType.Q1_0: GGMLType.Q1_0,
+    FileType.Q2_0: GGMLType.Q2_0,
+    FileType.TQ1_0: GGMLType.TQ1_0,
+    FileType.TQ2_0: GGMLType.TQ2_0,
+    FileType.MXFP4_MOE: GGMLType.MXFP4,
+    FileType.NVFP4: GGMLType.NVFP4,  # llama.cpp reads such files; llama-quantize does not offer to make them
 }
-SUPPORTED_TENSOR_TYPES = frozenset(DEFAULT_TYPES.values())
+TENSOR_TYPES = frozenset(DEFAULT_TYPES.values())
 
-_ALIASES = {"Q3_K": FileType.Q3_K_M, "Q4_K": FileType.Q4_K_M, "Q5_K": FileType.Q5_K_M}
-_NOT_FILE_TYPES = (FileType.GUESSED, FileType.NVFP4)  # not offered by llama-quantize either
+_ALIASES = {
+    "Q3_K": FileType.Q3_K_M,
+    "Q4_K": FileType.Q4_K_M,
+    "Q5_K": FileType.Q5_K_M,
+    "MXFP4": FileType.MXFP4_MOE,
+}
 
 
 @dataclass(frozen=True)
@@ -56,39 +78,36 @@ COPY = Target(None)
 
 
 def parse_file_type(text: str) -> Target:
-    """Read a file type: its name in any case, llama.cpp's number, an alias (Q3_K, Q4_K, Q5_K) or COPY.
+    """Read a file type: its name in any case, llama.cpp's number, an alias (Q3_K, Q4_K, Q5_K, MXFP4) or COPY.
 
-    TypeNameError offers the nearest name; UnsupportedError if llama.cpp knows the type and this version does not.
+    TypeNameError offers the nearest name.
     """
     name = text.strip().upper()
-    known = {kind.name: kind for kind in FileType if kind not in _NOT_FILE_TYPES}
     if name == "COPY":
         return COPY
-    found = known.get(name, _ALIASES.get(name))
+    known = {kind.name: kind for kind in DEFAULT_TYPES} | _ALIASES
+    found = known.get(name)
     if found is None and name.isascii() and name.isdecimal():
-        found = next((kind for kind in known.values() if str(int(kind)) == name), None)
+        found = next((kind for kind in DEFAULT_TYPES if str(int(kind)) == name), None)
         if found is None:
             raise TypeNameError(f"{text} is not the number of a file type; known are {_numbers()}.")
     if found is None:
-        raise TypeNameError(
-            f"{text!r} is not a file type{_nearest(name, [*_names(), *known])}; known are {', '.join(_names())}."
-        )
-    if found not in DEFAULT_TYPES:
-        raise UnsupportedError(
-            f"File type {found.name} of llama.cpp is not made by this version; {', '.join(_names())} are."
-        )
+        raise TypeNameError(f"{text!r} is not a file type{_nearest(name, _names())}; known are {', '.join(_names())}.")
     return Target(found)
 
 
 def parse_tensor_type(text: str) -> GGMLType:
-    """Read the type of one tensor, in any case; errors as `parse_file_type`."""
+    """Read the type of one tensor, in any case.
+
+    TypeNameError offers the nearest name; UnsupportedError if it is a type that weights are not stored as.
+    """
     name = text.strip().upper()
-    supported = [kind.name for kind in GGMLType if kind in SUPPORTED_TENSOR_TYPES]
-    if name in supported:
+    known = [kind.name for kind in GGMLType if kind in TENSOR_TYPES]
+    if name in known:
         return GGMLType[name]
     if name in GGMLType.__members__:
-        raise UnsupportedError(f"Tensors of type {name} are not made by this version; {', '.join(supported)} are.")
-    raise TypeNameError(f"{text!r} is not a tensor type{_nearest(name, supported)}; known are {', '.join(supported)}.")
+        raise UnsupportedError(f"Weights are not stored as {name}; {', '.join(known)} are possible.")
+    raise TypeNameError(f"{text!r} is not a tensor type{_nearest(name, known)}; known are {', '.join(known)}.")
 
 
 def _names() -> list[str]:

@@ -5,19 +5,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phiquant import quants
 from phiquant.convert.entries import Entry
 from phiquant.convert.filetypes import Target, parse_file_type
 from phiquant.convert.overrides import apply_overrides
+from phiquant.convert.prune import Pruning
 from phiquant.convert.recipes import (
     Options,
     PlannedTensor,
     Tensor,
+    check_options,
     check_requantization,
     plan_conversion,
     plan_quantization,
 )
 from phiquant.convert.source import CheckpointSource, GGUFSource, Source, model_of
-from phiquant.errors import WeightsError
+from phiquant.convert.weighing import Importance, importance_entries, missing_importance, weigh
+from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf import FileType, GGMLType, ValueType
 
 __all__ = ["Plan", "plan_convert", "plan_quantize"]
@@ -48,6 +52,7 @@ class Plan:
     path: Path
     tensors: Sequence[PlannedTensor]
     entries: Sequence[Entry]
+    remarks: Sequence[str] = ()
 
     @property
     def size(self) -> int:
@@ -63,11 +68,8 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know: types that shapes forced, and a file type that is poor as it is."""
-        notes = [f"{tensor.name}: {tensor.fallback}" for tensor in self.tensors if tensor.fallback]
-        if self.target.file_type is FileType.Q2_K_S:
-            notes.append("Q2_K_S is meant for an importance matrix, without which Q2_K is much better")
-        return notes
+        """What the user should know: types that shapes forced, and `remarks`."""
+        return [*(f"{tensor.name}: {tensor.fallback}" for tensor in self.tensors if tensor.fallback), *self.remarks]
 
     @property
     def inventory(self) -> dict[GGMLType, int]:
@@ -95,20 +97,67 @@ def plan_quantize(
     *,
     overrides: Iterable[Entry] = (),
     allow_requantize: bool = False,
+    importance: Importance | None = None,
+    prune: Sequence[int] = (),
+    dry_run: bool = False,
 ) -> Plan:
-    """Plan `phiquant quantize`. A checkpoint is planned as if it had been converted without loss first."""
-    tensors = source.tensors
+    """Plan `phiquant quantize`. A checkpoint is planned as if it had been converted without loss first.
+
+    `prune`: layers to leave out. What `execute` could not do well is refused (RequestError for weights that need
+    importance and have none, WeightsError for those that are quantized already, ImportanceError for a matrix that does
+    not fit); with `dry_run` the first becomes a remark.
+    """
+    origin = str(source.files[0])
+    check_options(target, options)
+    entries = apply_overrides(source.entries(target.file_type), overrides)
+    model = model_of(entries, origin)
+    names = {tensor.name: tensor.name for tensor in source.tensors}
+    if prune:
+        pruning = Pruning(tuple(prune), model.blocks)
+        names = pruning.names(names)
+        entries = pruning.entries(entries, model.architecture)
+    stored = {names[t.name]: t for t in source.tensors if t.name in names}
+    tensors = [Tensor(name, t.shape, t.type) for name, t in stored.items()]
     if isinstance(source, CheckpointSource):
         tensors = [Tensor(t.name, t.shape, _lossless(t)) for t in tensors]
-    entries = apply_overrides(source.entries(target.file_type), overrides)
-    planned = plan_quantization(tensors, target, model_of(entries, str(source.files[0])), options)
+    planned = plan_quantization(tensors, target, model, options, importance=importance is not None)
     if not any(tensor.nbytes for tensor in planned):
-        raise WeightsError(f"{source.files[0]} holds no weights.")
+        raise WeightsError(f"{origin} holds no weights.")
     if not allow_requantize:
         check_requantization(planned)
-    stored = {tensor.name: tensor.type for tensor in source.tensors}
-    planned = [replace(tensor, source=stored[tensor.name]) for tensor in planned]
-    return Plan(source, target, _output(source, target, path), planned, entries)
+    planned = [replace(t, source=stored[t.name].type, origin=stored[t.name].name) for t in planned]
+    remarks: list[str] = []
+    if importance is not None:
+        planned, remarks = weigh(planned, importance, (tensor.name for tensor in source.tensors))
+        entries = apply_overrides(entries, importance_entries(importance))
+    with_matrix = None if importance is None else importance.origin
+    refusal = missing_importance(planned, target, _model_for_imatrix(source), with_matrix)
+    if refusal is not None:
+        if not dry_run:
+            raise refusal
+        remarks.append(str(refusal))
+    _check_possible(planned)
+    return Plan(source, target, _output(source, target, path), planned, entries, remarks)
+
+
+def _model_for_imatrix(source: Source) -> str:
+    return str(source.files[0]) if isinstance(source, GGUFSource) else f"{source.name}.gguf"
+
+
+def _check_possible(planned: Iterable[PlannedTensor]) -> None:
+    for tensor in planned:
+        if tensor.type is tensor.source:
+            continue
+        if tensor.type not in quants.QUANTIZABLE:
+            raise UnsupportedError(
+                f"Tensor {tensor.name} would become {tensor.type.name}, which is not made by this version; "
+                "choose another type."
+            )
+        if tensor.source is not GGMLType.F64 and tensor.source not in quants.READABLE:
+            raise UnsupportedError(
+                f"Tensor {tensor.source_name} is {tensor.source.name}, which is not read by this version; "
+                "start from another file."
+            )
 
 
 def _lossless(tensor: Tensor) -> GGMLType:

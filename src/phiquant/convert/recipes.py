@@ -1,18 +1,17 @@
-"""Which tensor gets which type: the rules of llama.cpp's converter and of llama-quantize, as pure functions.
-
-llama-quantize gives the types that matter most more bits: the output matrix, the attention values (here the fused
-attn_qkv, which counts as such) and ffn_down, the last two in some layers only. The rules are those of the llama.cpp in
-llama-cpp-python 0.3.36; older releases gave attn_qkv other types.
-"""
+"""Which tensor gets which type: the rules of llama.cpp's converter, and llama-quantize's options over its mixtures."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
+import numpy.typing as npt
+
 from phiquant.convert.filetypes import Target, parse_tensor_type
+from phiquant.convert.mixture import Mixture, Model, Tensor, block_of, fit, is_embedding
 from phiquant.errors import RequestError, WeightsError
-from phiquant.gguf.types import FileType, GGMLType
+from phiquant.gguf.types import GGMLType
 
 __all__ = [
     "Model",
@@ -20,36 +19,27 @@ __all__ = [
     "PlannedTensor",
     "Tensor",
     "TypePattern",
+    "check_options",
     "check_requantization",
+    "may_quantize",
     "plan_conversion",
     "plan_quantization",
 ]
 
 _PLAIN = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.F64})
 
-
-@dataclass(frozen=True)
-class Tensor:
-    """What a recipe needs to know of a tensor: GGUF name, shape with the contiguous extent last, type as stored."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: GGMLType
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the mixing rules need to know of a model."""
-
-    blocks: int
-    heads: int
-    kv_heads: int
-    experts: int = 0
-
-    @property
-    def query_heads_per_group(self) -> int:
-        """Query heads that share one key and value head."""
-        return self.heads // self.kv_heads
+# Weights that llama-quantize leaves as they are, whatever the architecture: vectors and gates in the guise of matrices,
+# positions, and the small matrices of state space models, audio and vision.
+_KEPT = (
+    *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
+    *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight"),
+    *(
+        f"time_mix_{part}.weight"
+        for part in ["first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2", "decay_w1", "decay_w2"]
+    ),
+    *("time_mix_lerp_fused.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos"),
+    *(".patch_embd", ".patch_merger", "a.rvq.codebook", "mm.a.code_embd"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,13 +74,19 @@ class Options:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor's type in the output, and a sentence if its shape did not allow the type that was wanted."""
+    """A tensor's type in the output, and a sentence if its shape did not allow the type that was wanted.
+
+    `origin`: its name in the source, where that is another; `importance`: float32 [matrices, columns] of the weights,
+    with which it is quantized.
+    """
 
     name: str
     shape: tuple[int, ...]
     source: GGMLType
     type: GGMLType
     fallback: str | None = None
+    origin: str = ""
+    importance: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +97,16 @@ class PlannedTensor:
     def rows(self) -> int:
         """Rows of `shape[-1]` elements."""
         return prod(self.shape[:-1])
+
+    @property
+    def matrix_rows(self) -> int:
+        """Rows that share one row of `importance`: those of one matrix."""
+        return self.rows if self.importance is None else self.rows // len(self.importance)
+
+    @property
+    def source_name(self) -> str:
+        """The name of the tensor in the source."""
+        return self.origin or self.name
 
 
 def plan_conversion(tensors: Iterable[Tensor], default: GGMLType) -> list[PlannedTensor]:
@@ -118,14 +124,81 @@ def plan_conversion(tensors: Iterable[Tensor], default: GGMLType) -> list[Planne
     return planned
 
 
-def plan_quantization(tensors: Sequence[Tensor], target: Target, model: Model, options: Options) -> list[PlannedTensor]:
-    """llama-quantize: plan every tensor, in its writing order (outside blocks first, then by block, then by name)."""
-    ordered = sorted(tensors, key=lambda tensor: (_block(tensor.name), tensor.name))
-    default = target.default
-    if default is None:
+def plan_quantization(
+    tensors: Sequence[Tensor], target: Target, model: Model, options: Options, *, importance: bool = False
+) -> list[PlannedTensor]:
+    """llama-quantize: plan every tensor, in its writing order (outside blocks first, then by block, then by name).
+
+    `importance`: whether there is an importance matrix, which changes some mixtures. RequestError if a pattern of the
+    options is in no weight's name; WeightsError if rows do not divide and nothing stands in for the type.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (block_of(tensor.name), tensor.name))
+    kind, default = target.file_type, target.default
+    if kind is None or default is None:
         return [PlannedTensor(t.name, t.shape, t.type, t.type) for t in ordered]
-    mixer = _Mixer(target.file_type, default, model, options, ordered)
-    return [mixer.plan(tensor) for tensor in ordered]
+    _check_patterns(ordered, options)
+    names = [tensor.name for tensor in ordered]
+    mixture = Mixture(kind, default, model, names, importance, options.output_tensor_type)
+    return [_plan(tensor, mixture, options) for tensor in ordered]
+
+
+def _plan(tensor: Tensor, mixture: Mixture, options: Options) -> PlannedTensor:
+    if not may_quantize(tensor, options):
+        return PlannedTensor(tensor.name, tensor.shape, tensor.type, tensor.type)
+    wanted = _wanted(tensor, mixture, options)
+    columns = tensor.shape[-1]
+    fitting = fit(wanted, columns)
+    blocks = f"rows of {columns} do not divide into {wanted.name}'s blocks of {wanted.block_elements}"
+    if fitting is None:
+        raise WeightsError(
+            f"Tensor {tensor.name}: {blocks}, and no other type stands in; "
+            f"choose one with --tensor-type {tensor.name}=TYPE."
+        )
+    note = None if fitting is wanted else f"{blocks}: {fitting.name}"
+    return PlannedTensor(tensor.name, tensor.shape, tensor.type, fitting, note)
+
+
+def _wanted(tensor: Tensor, mixture: Mixture, options: Options) -> GGMLType:
+    patterns = [entry for entry in options.tensor_types if entry.pattern.search(tensor.name)]
+    if options.token_embedding_type is not None and is_embedding(tensor.name):
+        # per_layer_token_embd follows too, unless it is named
+        if tensor.name == "token_embd.weight" or not patterns:
+            return options.token_embedding_type
+    if tensor.name == "output.weight" and options.output_tensor_type is not None:
+        return options.output_tensor_type
+    if not mixture.default.is_quantized:
+        return mixture.default
+    if patterns:
+        return patterns[0].type  # the counters do not move, as in llama.cpp
+    return mixture.default if options.pure else mixture.type_of(tensor)
+
+
+def _check_patterns(tensors: Sequence[Tensor], options: Options) -> None:
+    names = [tensor.name for tensor in tensors if may_quantize(tensor, options)]
+    for entry in options.tensor_types:
+        if not any(entry.pattern.search(name) for name in names):
+            example = names[-1] if names else "blk.0.attn_qkv.weight"
+            raise RequestError(
+                f"--tensor-type {entry.pattern.pattern}: no weight's name holds this pattern; names are like {example}."
+            )
+
+
+def check_options(target: Target, options: Options) -> None:
+    """Raise RequestError for options that contradict one another or the file type."""
+    chosen = {
+        "--pure": options.pure,
+        "--output-tensor-type": options.output_tensor_type is not None,
+        "--token-embedding-type": options.token_embedding_type is not None,
+        "--tensor-type": bool(options.tensor_types),
+    }
+    if target.file_type is None:
+        for name, given in chosen.items():
+            if given:
+                raise RequestError(f"{name} chooses types, and COPY keeps all as they are; leave one of them out.")
+    elif options.tensor_types and target.default is not None and not target.default.is_quantized:
+        raise RequestError(f"--tensor-type works with quantized file types only, not with {target.name}.")
+    if options.leave_output_tensor and options.output_tensor_type is not None:
+        raise RequestError("--leave-output-tensor and --output-tensor-type contradict one another; choose one.")
 
 
 def check_requantization(planned: Iterable[PlannedTensor]) -> None:
@@ -145,142 +218,13 @@ def _stays_f32(tensor: Tensor) -> bool:
     )
 
 
-def _block(name: str) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-def _may_quantize(tensor: Tensor, options: Options) -> bool:
+def may_quantize(tensor: Tensor, options: Options) -> bool:
+    """Whether llama-quantize gives a tensor a type at all: matrices that are weights, but for some that stay."""
     name = tensor.name
     return (
-        len(tensor.shape) > 1
+        prod(tensor.shape[:-1]) > 1
         and name.endswith("weight")
-        and "_norm.weight" not in name
-        and "ffn_gate_inp.weight" not in name
-        and ".position_embd" not in name
-        and ".patch_embd" not in name
+        and not any(part in name for part in _KEPT)
         and name not in ("position_embd.weight", "token_types.weight")
         and not (options.leave_output_tensor and name == "output.weight")
     )
-
-
-def _is_value(name: str) -> bool:
-    """Attention values, whose errors matter most; the fused matrix counts as such."""
-    return any(part in name for part in ("attn_qkv.weight", "attn_v.weight", "attn_kv_b.weight"))
-
-
-def _more_bits(layer: int, layers: int) -> bool:
-    """The first and the last eighth, and every third layer between."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-# The type that a rule gives to layer i of n; None leaves the file type's default.
-_Rule = Callable[[int, int, Model], GGMLType | None]
-
-_VALUE_RULES: dict[FileType, _Rule] = {
-    FileType.Q2_K: lambda i, n, m: GGMLType.Q4_K if m.query_heads_per_group >= 4 else GGMLType.Q3_K,
-    FileType.Q2_K_S: lambda i, n, m: GGMLType.Q4_K if m.query_heads_per_group >= 4 else None,
-    FileType.Q3_K_M: lambda i, n, m: GGMLType.Q5_K if i < 2 else GGMLType.Q4_K,
-    FileType.Q3_K_L: lambda i, n, m: GGMLType.Q5_K,
-    FileType.Q4_K_S: lambda i, n, m: GGMLType.Q5_K if i < 4 else None,
-    FileType.Q4_K_M: lambda i, n, m: GGMLType.Q6_K if _more_bits(i, n) else None,
-    FileType.Q5_K_M: lambda i, n, m: GGMLType.Q6_K if _more_bits(i, n) else None,
-}
-_DOWN_RULES: dict[FileType, _Rule] = {
-    FileType.Q2_K: lambda i, n, m: GGMLType.Q3_K,
-    FileType.Q2_K_S: lambda i, n, m: GGMLType.Q4_K if i < n // 8 else None,
-    FileType.Q3_K_M: lambda i, n, m: GGMLType.Q5_K if i < n // 16 else GGMLType.Q4_K,
-    FileType.Q3_K_L: lambda i, n, m: GGMLType.Q5_K,
-    FileType.Q4_K_S: lambda i, n, m: GGMLType.Q5_K if i < n // 8 else None,
-    FileType.Q4_K_M: lambda i, n, m: GGMLType.Q6_K if _more_bits(i, n) else None,
-    FileType.Q5_K_M: lambda i, n, m: GGMLType.Q6_K if _more_bits(i, n) else None,
-}
-_ATTENTION_OUTPUT = {FileType.Q2_K: GGMLType.Q3_K, FileType.Q3_K_M: GGMLType.Q4_K, FileType.Q3_K_L: GGMLType.Q5_K}
-
-# what a type becomes where rows do not divide into its blocks of 256
-_FALLBACKS = {
-    GGMLType.Q2_K: GGMLType.Q4_0,
-    GGMLType.Q3_K: GGMLType.Q4_0,
-    GGMLType.Q4_K: GGMLType.Q5_0,
-    GGMLType.Q5_K: GGMLType.Q5_1,
-    GGMLType.Q6_K: GGMLType.Q8_0,
-}
-
-
-@dataclass
-class _Mixer:
-    """Walks the tensors in writing order; the counters say which layer of its kind a tensor is."""
-
-    file_type: FileType | None
-    default: GGMLType
-    model: Model
-    options: Options
-    tensors: Sequence[Tensor]
-    values_seen: int = 0
-    downs_seen: int = 0
-    values: int = field(init=False)
-    tied: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.values = sum(_is_value(tensor.name) for tensor in self.tensors)
-        self.tied = all(tensor.name != "output.weight" for tensor in self.tensors)
-
-    def plan(self, tensor: Tensor) -> PlannedTensor:
-        if not _may_quantize(tensor, self.options):
-            return PlannedTensor(tensor.name, tensor.shape, tensor.type, tensor.type)
-        wanted = self._wanted(tensor)
-        fitting = _fit(wanted, tensor.shape[-1])
-        note = None
-        if fitting is not wanted:
-            blocks = f"{wanted.name}'s blocks of {wanted.block_elements}"
-            note = f"rows of {tensor.shape[-1]} do not divide into {blocks}: {fitting.name}"
-        return PlannedTensor(tensor.name, tensor.shape, tensor.type, fitting, note)
-
-    def _wanted(self, tensor: Tensor) -> GGMLType:
-        options = self.options
-        if tensor.name == "token_embd.weight" and options.token_embedding_type is not None:
-            return options.token_embedding_type
-        if tensor.name == "output.weight" and options.output_tensor_type is not None:
-            return options.output_tensor_type
-        if not self.default.is_quantized:
-            return self.default
-        for entry in options.tensor_types:
-            if entry.pattern.search(tensor.name):
-                return entry.type  # the counters do not move, as in llama.cpp
-        return self.default if options.pure else self._mixed(tensor)
-
-    def _mixed(self, tensor: Tensor) -> GGMLType:
-        name, kind = tensor.name, self.file_type
-        assert kind is not None
-        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
-            return self._output_type(tensor)
-        if name == "token_embd.weight":
-            return self.default
-        rule: _Rule | None = None
-        layer, layers = 0, 0
-        if _is_value(name):
-            rule, layer, layers = _VALUE_RULES.get(kind), self.values_seen, self.values
-            self.values_seen += 1
-        elif "ffn_down" in name:
-            rule, layers = _DOWN_RULES.get(kind), self.model.blocks
-            layer = _block(name) if self.model.experts > 1 else self.downs_seen
-            self.downs_seen += 1
-        elif "attn_output.weight" in name:
-            return _ATTENTION_OUTPUT.get(kind, self.default)
-        chosen = rule(layer, layers, self.model) if rule else None
-        return self.default if chosen is None else chosen
-
-    def _output_type(self, tensor: Tensor) -> GGMLType:
-        if self.options.output_tensor_type is not None:
-            return self.options.output_tensor_type
-        if tensor.shape[-1] % self.default.block_elements or self.default is GGMLType.Q8_0:
-            return GGMLType.Q8_0
-        return GGMLType.Q6_K
-
-
-def _fit(wanted: GGMLType, columns: int) -> GGMLType:
-    """`wanted`, or the type of smaller blocks that stands in for it, or F16, so that rows divide into blocks."""
-    for kind in (wanted, _FALLBACKS.get(wanted, wanted)):
-        if columns % kind.block_elements == 0:
-            return kind
-    return GGMLType.F16

@@ -3,7 +3,7 @@
 The compiled quantizers notice bad values as they go; rows that are only copied are checked here, at memory speed.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,18 @@ _HALF_SCALES = (2, 0x7C00)
 
 
 def convert_rows(
-    data: _Bytes, source: GGMLType, target: GGMLType, rows: int, columns: int, *, keep_nan: bool = False
+    data: _Bytes,
+    source: GGMLType,
+    target: GGMLType,
+    rows: int,
+    columns: int,
+    *,
+    importance: npt.NDArray[np.float32] | None = None,
+    keep_nan: bool = False,
 ) -> _Bytes:
     """Return the bytes of `rows` rows as `target`, by way of float32; `data` holds them as `source`, contiguous.
 
+    `importance`: float32 [columns], weights of the columns' errors, for types that choose by them.
     WeightsError if a value is NaN, infinite or too large for `target`, unless `keep_nan`.
     """
     if source is target:
@@ -45,7 +53,8 @@ def convert_rows(
             values, source = data.view("<f8").astype(np.float32).reshape(rows, columns), GGMLType.F32
     elif source not in FLOATS:
         values, source = dequantize_rows(data, source, rows, columns), GGMLType.F32
-    return quantize_rows(values, source, target, nonfinite="keep" if keep_nan else "raise").reshape(-1)
+    nonfinite: Literal["keep", "raise"] = "keep" if keep_nan else "raise"
+    return quantize_rows(values, source, target, importance, nonfinite=nonfinite).reshape(-1)
 
 
 def first_bad_row(data: _Bytes, kind: GGMLType, rows: int) -> int | None:

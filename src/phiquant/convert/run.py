@@ -6,7 +6,7 @@ its name only when every byte is written.
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from phiquant.convert.plan import Plan, plan_convert, plan_quantize
 from phiquant.convert.recipes import Options, PlannedTensor
 from phiquant.convert.rows import convert_rows, first_bad_row
 from phiquant.convert.source import CheckpointSource, open_source
+from phiquant.convert.weighing import Importance
 from phiquant.errors import RequestError, WeightsError
 from phiquant.gguf import GGUFWriter
 
@@ -60,6 +61,12 @@ class _Chunk:
     def shape(self) -> tuple[int, int]:
         return self.rows, self.tensor.shape[-1]
 
+    @property
+    def importance(self) -> npt.NDArray[np.float32] | None:
+        """Of the matrix that the rows are in."""
+        importance = self.tensor.importance
+        return None if importance is None else importance[self.row // self.tensor.matrix_rows]
+
 
 def convert(
     model: str | Path,
@@ -96,12 +103,17 @@ def quantize(
     *,
     overrides: Iterable[Entry] = (),
     allow_requantize: bool = False,
+    importance: Importance | None = None,
+    prune: Sequence[int] = (),
     threads: int | None = None,
     keep_nan: bool = False,
     progress: Progress | None = None,
     quiet: bool = False,
 ) -> Report:
-    """Quantize a GGUF file, a checkpoint or a repository in one step; `outfile` None: a name with the type in it."""
+    """Quantize a GGUF file, a checkpoint or a repository in one step; `outfile` None: a name with the type in it.
+
+    `importance` weighs the columns of the weights, `prune` are layers to leave out; errors as `plan_quantize`.
+    """
     target = filetype if isinstance(filetype, Target) else parse_file_type(filetype)
     with open_source(model, quiet=quiet) as source:
         plan = plan_quantize(
@@ -111,6 +123,8 @@ def quantize(
             options or Options(),
             overrides=overrides,
             allow_requantize=allow_requantize,
+            importance=importance,
+            prune=prune,
         )
         return execute(plan, threads=threads, keep_nan=keep_nan, progress=progress)
 
@@ -172,9 +186,16 @@ class _Run:
             if buffer.size < size:
                 buffer = np.empty(size, np.uint8)
             data = buffer[:size]
-            self._source.read_into(tensor.name, chunk.row * row_bytes, data)
+            self._source.read_into(tensor.source_name, chunk.row * row_bytes, data)
             try:
-                converted = convert_rows(data, tensor.source, tensor.type, *chunk.shape, keep_nan=self._keep_nan)
+                converted = convert_rows(
+                    data,
+                    tensor.source,
+                    tensor.type,
+                    *chunk.shape,
+                    importance=chunk.importance,
+                    keep_nan=self._keep_nan,
+                )
             except WeightsError as error:
                 raise _blamed(chunk, data) from error
             self._writer.write(tensor.name, converted, chunk.row * tensor.type.row_bytes(tensor.shape[-1]))
@@ -199,10 +220,11 @@ def _blamed(chunk: _Chunk, data: npt.NDArray[np.uint8]) -> WeightsError:
 
 
 def _chunks(tensors: Iterable[PlannedTensor]) -> Iterator[_Chunk]:
-    """Every row of every tensor, in order, in pieces of about _CHUNK_BYTES of the source."""
+    """Every row of every tensor, in order, in pieces of about _CHUNK_BYTES of the source, of one matrix each."""
     for tensor in tensors:
         if not tensor.nbytes:
             continue
         step = max(1, _CHUNK_BYTES // tensor.source.row_bytes(tensor.shape[-1]))
-        for row in range(0, tensor.rows, step):
-            yield _Chunk(tensor, row, min(step, tensor.rows - row))
+        for first in range(0, tensor.rows, tensor.matrix_rows):
+            for row in range(first, first + tensor.matrix_rows, step):
+                yield _Chunk(tensor, row, min(step, first + tensor.matrix_rows - row))

@@ -28,6 +28,7 @@ QUANTIZATION_VERSION = 2
 VERSION_KEY = "phiquant.version"
 _SPLIT_KEYS = (keys.SPLIT_NO, keys.SPLIT_COUNT, keys.SPLIT_TENSORS_COUNT)
 
+_RULES_OF_THEIR_OWN = ("falcon", "glm5-next", "bailingmoe3")
 _DTYPES = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16, "F64": GGMLType.F64}
 _Bytes = npt.NDArray[np.uint8]
 
@@ -67,25 +68,37 @@ def open_source(model: str | Path, *, quiet: bool = False) -> "Source":
 
 
 def model_of(entries: Sequence[Entry], origin: str) -> Model:
-    """What the mixing rules ask of a model, from its metadata; GGUFError if a key is missing or no positive number."""
+    """What the mixing rules ask of a model of any architecture, from its metadata.
+
+    GGUFError if a key is missing or no positive number; ArchitectureError if there is no architecture, or one for which
+    llama-quantize has rules that are not here.
+    """
     values = {entry.key: entry for entry in entries}
     architecture = values[keys.ARCHITECTURE].value if keys.ARCHITECTURE in values else None
-    if architecture != phi3.ARCHITECTURE:
+    if not isinstance(architecture, str) or not architecture or architecture in _RULES_OF_THEIR_OWN:
         raise ArchitectureError(
-            f"{origin} has the architecture {str(architecture)[:60]!r}; known are {phi3.ARCHITECTURE}."
+            f"{origin} has the architecture {str(architecture)[:60]!r}, whose mixtures this version does not know; "
+            "quantize it with llama.cpp."
         )
-
     names = keys.ArchitectureKeys(architecture)
 
-    def count(key: str, default: int | None = None) -> int:
+    def count(key: str, default: int | None = None, least: int = 1) -> int:
         entry = values.get(key)
         value = default if entry is None else entry.value
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if isinstance(value, np.ndarray) and value.size:  # one for each layer: the first counts
+            value = value[0].item()
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise GGUFError(f"{origin} lacks a positive whole number {key}; it is damaged, so convert the model again.")
         return value
 
     heads = count(names.head_count)
-    return Model(count(names.block_count), heads, count(names.head_count_kv, heads))
+    return Model(
+        count(names.block_count),
+        heads,
+        count(names.head_count_kv, heads, least=0),
+        count(names.expert_count, 0, least=0),
+        architecture,
+    )
 
 
 class CheckpointSource(Source):

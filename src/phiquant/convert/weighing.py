@@ -1,0 +1,171 @@
+"""Importance in a quantization: which weights it reaches, what is refused without it, what the file says of it."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from phiquant.convert import imatrix
+from phiquant.convert.entries import Entry, string, uint32
+from phiquant.convert.filetypes import Target
+from phiquant.convert.imatrix import ImportanceMatrix
+from phiquant.convert.mixture import is_embedding, needs_importance
+from phiquant.convert.recipes import PlannedTensor
+from phiquant.errors import ImportanceError, RequestError
+from phiquant.gguf import GGMLType, keys
+
+__all__ = ["Importance", "importance_entries", "missing_importance", "partial_run", "weigh"]
+
+_MAX_TEXT = 127  # bytes that llama-quantize records of a name
+# types whose quantizers choose by importance; the others' levels follow from the values alone
+_WEIGHTED = frozenset(
+    {GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1}
+    | {kind for kind in GGMLType if kind.name.startswith("IQ")}
+    | {GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K}
+)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """An importance matrix and how it is called: the path as it was given, or the text it was made from."""
+
+    matrix: ImportanceMatrix
+    origin: str
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> "Importance":
+        """Read a file and keep the entries whose names contain any of `include`, or none of `exclude`.
+
+        RequestError if a part is in no name, or if nothing is left; ImportanceError and GGUFError from `imatrix.read`.
+        """
+        if include and exclude:
+            raise RequestError("--include-weights and --exclude-weights cannot be used together.")
+        matrix = imatrix.read(path)
+        for option, parts in (("--include-weights", include), ("--exclude-weights", exclude)):
+            for part in parts:
+                if not any(part in name for name in matrix.entries):
+                    raise RequestError(
+                        f"{option} {part}: no entry of {path} has this in its name; names are like "
+                        f"{next(iter(matrix.entries))}."
+                    )
+        chosen = matrix.chosen(include, exclude)
+        if not chosen.entries:
+            raise RequestError(f"--exclude-weights leaves no entry of {path}; quantize without --imatrix instead.")
+        return cls(chosen, os.fspath(path))
+
+
+def weigh(
+    planned: Sequence[PlannedTensor], importance: Importance, names: Iterable[str]
+) -> tuple[list[PlannedTensor], list[str]]:
+    """Give the weights of a plan their importance; what the user should know of it comes second.
+
+    `names` are those of all tensors of the source. ImportanceError if the matrix is of another model, or if nothing
+    came to a weight for which it is used.
+    """
+    matrix, origin = importance.matrix, importance.origin
+    known = set(names)
+    for name in matrix.entries:
+        if name not in known and name.startswith("blk."):
+            raise ImportanceError(
+                f"{origin} was made with another model: it has an entry for {name}, and this model has no such tensor."
+            )
+    weighed, used, missing, partial = [], 0, [], []
+    for tensor in planned:
+        entry = matrix.entries.get(tensor.source_name)
+        matrices = tensor.shape[-3] if len(tensor.shape) > 2 else 1
+        if entry is not None and entry.sums.size != matrices * tensor.shape[-1]:
+            if not is_embedding(tensor.source_name):  # tied to the output, it may have an entry of other rows
+                raise ImportanceError(
+                    f"{origin} was made with another model: it has {entry.sums.size} values for {tensor.source_name}, "
+                    f"and this model's tensor takes {matrices * tensor.shape[-1]}."
+                )
+            entry = None
+        if tensor.type not in _WEIGHTED or tensor.type is tensor.source:
+            weighed.append(tensor)
+            continue
+        if entry is None:
+            missing.append(tensor.source_name)
+            weighed.append(tensor)
+            continue
+        used += 1
+        if not entry.counts.any():
+            raise ImportanceError(
+                f"{origin} has an entry for {tensor.source_name} to which no token came (all counts are 0); make it "
+                "again from a longer text with `phiquant imatrix`."
+            )
+        if not entry.counts.all():
+            partial.append(tensor.source_name)
+        weights = entry.importance.reshape(matrices, tensor.shape[-1])
+        weighed.append(replace(tensor, importance=np.ascontiguousarray(weights)))
+    notes = partial_run(matrix)
+    inner = [name for name in missing if name.startswith("blk.")]
+    if inner and not used:
+        raise ImportanceError(
+            f"{origin} was made with another model, or for other weights: it has no entry for {inner[0]}, nor for any "
+            "other weight that would be quantized by it."
+        )
+    if inner:
+        notes.append(f"{len(inner)} weights have no entry in {origin}, the first is {inner[0]}")
+    if not used:
+        notes.append(f"{origin} is not used: the types of this file do not depend on importance")
+    if partial:
+        notes.append(f"{len(partial)} weights have experts to which no token came, the first is {partial[0]}")
+    return weighed, notes
+
+
+def partial_run(matrix: ImportanceMatrix) -> list[str]:
+    """What its counts say of a matrix that was saved before its run ended."""
+    counts = {int(entry.counts[0]) for entry in matrix.entries.values() if len(entry.counts) == 1} - {0}
+    unit = "tokens" if matrix.chunk_size else "chunks"
+    if len(counts) > 1:
+        return [
+            f"the importance matrix comes from a run that did not end: {min(counts)} {unit} reached some weights, "
+            f"{max(counts)} others"
+        ]
+    if matrix.chunk_size and counts and max(counts) < matrix.chunk_count * matrix.chunk_size:
+        return [
+            f"the importance matrix comes from a run that did not end: it announces {matrix.chunk_count} chunks of "
+            f"{matrix.chunk_size} tokens, and {max(counts)} reached the weights"
+        ]
+    return []
+
+
+def missing_importance(
+    planned: Iterable[PlannedTensor], target: Target, model: str, origin: str | None
+) -> RequestError | None:
+    """The refusal of a plan in which a weight gets so few bits that it needs importance and has none.
+
+    `model`: the source, to be named in the command that makes a matrix; `origin`: the matrix, if there is one.
+    """
+    for tensor in planned:
+        if tensor.importance is None and tensor.type is not tensor.source:
+            if needs_importance(tensor.name, tensor.type, target.file_type):
+                lack = f"{tensor.name} would become {tensor.type.name}, which is useless without an importance matrix"
+                if origin is not None:
+                    return RequestError(
+                        f"{lack}, and {origin} has no entry for it; give it another type with --tensor-type."
+                    )
+                return RequestError(
+                    f"{lack}; make one with `phiquant imatrix -m {model} -f TEXT -o imatrix.gguf` and pass "
+                    "`--imatrix imatrix.gguf`, or let `--calibrate TEXT` do both."
+                )
+    return None
+
+
+def importance_entries(importance: Importance) -> list[Entry]:
+    """The keys with which llama-quantize records what it used."""
+    matrix = importance.matrix
+    entries = [string(keys.QUANTIZE_IMATRIX_FILE, _shortened(importance.origin))]
+    if matrix.datasets:
+        entries.append(string(keys.QUANTIZE_IMATRIX_DATASET, _shortened(matrix.datasets[0])))
+    entries.append(uint32(keys.QUANTIZE_IMATRIX_ENTRIES, len(matrix.entries)))
+    if matrix.chunk_count > 0:
+        entries.append(uint32(keys.QUANTIZE_IMATRIX_CHUNKS, matrix.chunk_count))
+    return entries
+
+
+def _shortened(text: str) -> str:
+    return text.encode(errors="replace")[:_MAX_TEXT].decode(errors="ignore")
