@@ -156,7 +156,7 @@ def test_any_number_of_blocks_and_nothing_beside_them(type, source, blocks, seed
     flags = ctypes.c_int64(-1)
     kernel = module._quantizer(type, source, False)
     out = room[type.block_bytes : -type.block_bytes]
-    kernel(x.ctypes.data, out.ctypes.data, blocks, blocks, 0, 0, ctypes.addressof(flags))
+    kernel(x.ctypes.data, out.ctypes.data, blocks, blocks, 0, 0, ctypes.addressof(flags), 0)
     assert flags.value == 0
     assert (room[: type.block_bytes] == 0xA5).all()
     assert (room[-type.block_bytes :] == 0xA5).all()

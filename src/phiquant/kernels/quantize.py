@@ -21,7 +21,7 @@ from phiquant.kernels.cpu import library
 from phiquant.kernels.cpu.dequantize import emit_dequantize
 from phiquant.kernels.cpu.emit import Emitter, Value
 from phiquant.kernels.cpu.quantize_kquants import emit_kquant
-from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments
+from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments, Quantizer
 from phiquant.kernels.cpu.quantize_legacy import emit_floats, emit_legacy, emit_mean_squares
 
 __all__ = ["FLOATS", "dequantize_rows", "quantize_rows"]
@@ -31,6 +31,17 @@ FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+_QUANTIZERS: dict[GGMLType, Quantizer] = {
+    **dict.fromkeys(
+        (GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1), Quantizer(emit_legacy, row_mean=True)
+    ),
+    GGMLType.Q8_0: Quantizer(emit_legacy),
+    **dict.fromkeys(
+        (GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K), Quantizer(emit_kquant)
+    ),
+}
+"""The compiled quantizer of every blocked type."""
 
 
 def quantize_rows(
@@ -56,7 +67,8 @@ def quantize_rows(
         uint8 [rows, row_bytes].
 
     Raises:
-        WeightsError: a shape does not fit; or a row holds NaN, infinity or too large values.
+        WeightsError: a shape does not fit; the type needs an importance and has none; or a row holds NaN, infinity or
+            too large values.
         UnsupportedError: a type that this version does not read or write.
     """
     entry = quants.format_of(type)
@@ -71,11 +83,7 @@ def quantize_rows(
         raise WeightsError(f"an array of {x.dtype} of shape {x.shape} does not hold rows of {source.name}")
     if n % type.block_elements:
         raise WeightsError(f"rows of {n} values do not fill {type.name} blocks of {type.block_elements}")
-    weights = None
-    if importance is not None:
-        weights = np.ascontiguousarray(importance, np.float32)
-        if weights.shape != (n,):
-            raise WeightsError(f"importance of shape {weights.shape} does not fit rows of {n} values")
+    weights = quants.check_importance(type, importance, n)
     out = np.empty((rows, type.row_bytes(n)), np.uint8)
     if not out.size:
         return out
@@ -84,15 +92,15 @@ def quantize_rows(
     if not type.is_quantized:
         _floats(source, type)(x.ctypes.data, out.ctypes.data, rows * n, at)
     else:
-        if type is GGMLType.Q8_0:
-            weights = None
-        squares = np.empty(rows if weights is not None and type.block_elements == 32 else 0, np.float32)
+        how = _QUANTIZERS[type]
+        squares = np.empty(rows if weights is not None and how.row_mean else 0, np.float32)
         if squares.size:
             _mean_squares(source)(x.ctypes.data, squares.ctypes.data, rows, n)
         per_row = n // type.block_elements
         column_weights = 0 if weights is None else weights.ctypes.data
-        kernel = _quantizer(entry.type, source, weights is not None)
-        kernel(x.ctypes.data, out.ctypes.data, rows * per_row, per_row, column_weights, squares.ctypes.data, at)
+        tables = how.tables().ctypes.data if how.tables else 0
+        kernel = _quantizer(type, source, weights is not None)
+        kernel(x.ctypes.data, out.ctypes.data, rows * per_row, per_row, column_weights, squares.ctypes.data, at, tables)
     if flags.value and nonfinite == "raise":
         raise WeightsError(_complaint(x, source, type, int(flags.value)))
     return out
@@ -138,10 +146,10 @@ def _native(name: str, arguments: int, body: Any) -> Any:
 @cache
 def _quantizer(type: GGMLType, source: GGMLType, weighted: bool) -> Any:
     entry = quants.format_of(type)
-    emit = emit_legacy if type.block_elements == 32 else emit_kquant
+    how = _QUANTIZERS[type]
 
     def body(e: Emitter, *values: Value) -> None:
-        emit(e, entry, source, weighted, Arguments(*values))
+        how.emit(e, entry, source, weighted, Arguments(*values))
 
     name = f"quantize.{type.name}.{source.name}.{'weighted' if weighted else 'plain'}.{_layout(type)}"
     return _native(name, Arguments.COUNT, body)

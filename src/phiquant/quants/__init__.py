@@ -4,19 +4,57 @@ This is the definition that the compiled quantizers are tested against; it is ve
 microseconds a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.quants import iquants, kquants, legacy, microscaling, small
-from phiquant.quants.block import Blocks, Bytes, Floats, Format, Plane
+from phiquant.quants.block import Blocks, Bytes, Floats, Format, Plane, Write
 
-__all__ = ["QUANTIZABLE", "READABLE", "Format", "Plane", "block_dtype", "dequantize", "format_of", "quantize"]
+__all__ = [
+    "IMPORTANCE_IGNORED",
+    "IMPORTANCE_REQUIRED",
+    "QUANTIZABLE",
+    "READABLE",
+    "Format",
+    "Plane",
+    "block_dtype",
+    "check_importance",
+    "dequantize",
+    "format_of",
+    "quantize",
+]
 
 _FAMILIES = (legacy.FORMATS, kquants.FORMATS, iquants.FORMATS, small.FORMATS, microscaling.FORMATS)
-_FORMATS = {entry.type: entry for family in _FAMILIES for entry in family}
+# quantizers that have a module of their own, apart from their format's layout
+_QUANTIZERS: Mapping[GGMLType, Write] = {}
+_FORMATS = {
+    entry.type: replace(entry, quantize=_QUANTIZERS.get(entry.type, entry.quantize))
+    for family in _FAMILIES
+    for entry in family
+}
+
+IMPORTANCE_IGNORED: frozenset[GGMLType] = frozenset(
+    (
+        GGMLType.F32,
+        GGMLType.F16,
+        GGMLType.BF16,
+        GGMLType.Q8_0,
+        GGMLType.Q1_0,
+        GGMLType.Q2_0,
+        GGMLType.TQ1_0,
+        GGMLType.TQ2_0,
+        GGMLType.MXFP4,
+        GGMLType.NVFP4,
+    )
+)
+"""Types whose bytes do not depend on the importance."""
+
+IMPORTANCE_REQUIRED: frozenset[GGMLType] = frozenset((GGMLType.IQ1_S, GGMLType.IQ2_XXS, GGMLType.IQ2_XS))
+"""Types that are not quantized without an importance."""
 
 READABLE: frozenset[GGMLType] = frozenset(_FORMATS)
 """Types that `dequantize` knows, the plain float types included."""
@@ -53,7 +91,8 @@ def dequantize(data: Bytes, type: GGMLType, shape: Sequence[int]) -> Floats:
 def quantize(x: Floats, type: GGMLType, importance: Floats | None = None) -> Bytes:
     """Bytes uint8 [..., row_bytes] of float32 values [..., n], optionally weighted by an importance [n] of columns.
 
-    The bytes equal llama.cpp's. Types that take no importance (F32, F16, BF16, Q8_0) ignore it. Values must be finite.
+    The bytes equal llama.cpp's. Types of `IMPORTANCE_IGNORED` take no importance and ignore it; those of
+    `IMPORTANCE_REQUIRED` are refused without (WeightsError). Values must be finite.
     """
     entry = format_of(type)
     if entry.quantize is None:
@@ -64,12 +103,26 @@ def quantize(x: Floats, type: GGMLType, importance: Floats | None = None) -> Byt
             f"rows of {x.shape[-1:] or 'no'} values do not fill {type.name} blocks of {type.block_elements}"
         )
     n = x.shape[-1]
-    if importance is not None:
-        importance = np.asarray(importance, np.float32)
-        if importance.shape != (n,):
-            raise WeightsError(f"importance of shape {importance.shape} does not fit rows of {n} values")
+    importance = check_importance(type, importance, n)
     if not x.size:
         return np.zeros((*x.shape[:-1], type.row_bytes(n)), np.uint8)
     with np.errstate(all="ignore"):
         blocks = entry.quantize(np.ascontiguousarray(x).reshape(-1, n), importance)
     return blocks.view(np.uint8).reshape(*x.shape[:-1], type.row_bytes(n))
+
+
+def check_importance(type: GGMLType, importance: Floats | None, n: int) -> Floats | None:
+    """The importance as the quantizer of the type takes it: contiguous float32 [n], or None if it is not used.
+
+    WeightsError if it does not fit rows of n values, or lacks where the type needs one.
+    """
+    if importance is None:
+        if type in IMPORTANCE_REQUIRED:
+            raise WeightsError(
+                f"{type.name} is not quantized without an importance of the columns; give one (an importance matrix)"
+            )
+        return None
+    weights = np.ascontiguousarray(importance, np.float32)
+    if weights.shape != (n,):
+        raise WeightsError(f"importance of shape {weights.shape} does not fit rows of {n} values")
+    return None if type in IMPORTANCE_IGNORED else weights

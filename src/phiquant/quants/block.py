@@ -8,12 +8,13 @@ import numpy.typing as npt
 
 from phiquant.gguf.types import GGMLType
 
-__all__ = ["Blocks", "Bytes", "Floats", "Format", "Levels", "Plane", "join", "split"]
+__all__ = ["Blocks", "Bytes", "Floats", "Format", "Levels", "Plane", "Write", "join", "split"]
 
 Floats = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
 Blocks = npt.NDArray[np.void]  # of a format's structured dtype
+Write = Callable[[Floats, Floats | None], Blocks]  # rows [rows, columns] and importance [columns] to blocks
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Format:
     type: GGMLType
     dtype: np.dtype[np.void]
     dequantize: Callable[[Blocks], Floats]
-    quantize: Callable[[Floats, Floats | None], Blocks] | None
+    quantize: Write | None
     planes: tuple[Plane, ...] = field(default=())
 
     def __post_init__(self) -> None:

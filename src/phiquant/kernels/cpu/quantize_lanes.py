@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
 
 from phiquant.gguf.types import GGMLType
 from phiquant.quants import Format, Plane
@@ -15,7 +18,7 @@ from phiquant.quants import Format, Plane
 from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
 from .simd import bfloat_to_float, float_to_half, half_to_float, transpose
 
-__all__ = ["INFINITE_INPUT", "INFINITE_SCALE", "Arguments", "Column", "Kernel", "Lanes", "widen"]
+__all__ = ["INFINITE_INPUT", "INFINITE_SCALE", "Arguments", "Column", "Kernel", "Lanes", "Quantizer", "widen"]
 
 INFINITE_INPUT, INFINITE_SCALE = 1, 2  # bits of the word that a kernel leaves behind
 
@@ -119,10 +122,26 @@ class Arguments:
     blocks: Value  # number of blocks, at least 1
     per_row: Value  # blocks in a row
     importance: Value  # float32, one for each column; unused without importance
-    mean_squares: Value  # float32, one for each row; used with importance by the formats of 32 weights
+    mean_squares: Value  # float32, one for each row; filled with importance where `Quantizer.row_mean`
     flags: Value  # an int64 that receives INFINITE_INPUT and INFINITE_SCALE
+    tables: Value  # what `Quantizer.tables` made, if anything
 
-    COUNT = 7
+    COUNT = 8
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How a type is quantized by compiled code.
+
+    Attributes:
+        emit: emit(e, format, source, weighted, arguments) writes the body of the kernel.
+        row_mean: whether the weights of elements depend on the mean square of the whole row.
+        tables: makes (once) the constant tables that the kernel reads, as one contiguous array.
+    """
+
+    emit: Callable[[Emitter, Format, GGMLType, bool, Arguments], None]
+    row_mean: bool = False
+    tables: Callable[[], npt.NDArray[Any]] | None = None
 
 
 class Kernel(Lanes):

@@ -20,7 +20,6 @@ def emit_legacy(e: Emitter, entry: Format, source: GGMLType, weighted: bool, arg
     """The body of a kernel that quantizes `arguments.blocks` blocks of 32 weights."""
     k = Kernel(e, entry, source, arguments)
     x = k.column(32)
-    weighted = weighted and entry.type is not GGMLType.Q8_0
     w, importance = (k.column(32), k.column(32)) if weighted else (None, None)
     scratch = k.column(32) if weighted and entry.type in _RANGED else None
 
