@@ -35,6 +35,7 @@ __all__ = [
     "RotateStore",
     "Select",
     "Step",
+    "SumSquares",
     "SwiGLU",
     "Weight",
 ]
@@ -188,7 +189,20 @@ class Select:
     out: Buffer
 
 
-Operation = Embed | RMSNorm | MatMul | RotateStore | Attention | SwiGLU | Select
+@dataclass(frozen=True, eq=False)
+class SumSquares:
+    """sums[0, c] += x[t, c]² over the rows t in their order, in float64; counts[0] += how many there are.
+
+    What a matrix that reads x is given, for `calibrate`; no model records it. The arrays are the caller's, float64
+    [matrices, width] and int64 [matrices], one matrix here: experts will have one each, and rows that name theirs.
+    """
+
+    x: Buffer
+    sums: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+
+Operation = Embed | RMSNorm | MatMul | RotateStore | Attention | SwiGLU | Select | SumSquares
 
 
 @dataclass(frozen=True)

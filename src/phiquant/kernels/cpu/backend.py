@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...errors import KernelError
 from .. import ops
-from . import attention, library, matmul, rms_norm, rotate_store, select_rows, swiglu
+from . import attention, library, matmul, rms_norm, rotate_store, select_rows, sum_squares, swiglu
 from .cache import KVCache, StepTables
 from .embed import Embedding
 from .memory import release
@@ -140,6 +140,8 @@ class _Binder:
                 return [swiglu.bind(at["x"], at["out"])]
             case ops.Select():
                 return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
+            case ops.SumSquares():
+                return [sum_squares.bind(at["x"], op.sums, op.counts)]
         raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
 
 

@@ -59,6 +59,7 @@ class ReferenceExecutable:
             ops.Attention: self._attention,
             ops.SwiGLU: self._swiglu,
             ops.Select: self._select,
+            ops.SumSquares: self._sum_squares,
         }
         self._rows: dict[int, Floats] = {}
 
@@ -151,6 +152,12 @@ class ReferenceExecutable:
 
     def _select(self, op: ops.Select, step: ops.Step) -> None:
         self._rows[id(op.out)][:] = self._rows[id(op.x)][step.outputs]
+
+    def _sum_squares(self, op: ops.SumSquares, step: ops.Step) -> None:
+        """Row by row, because the order of the additions is part of the definition."""
+        for row in self._rows[id(op.x)].astype(np.float64):
+            op.sums[0] += row * row  # the product of two float32 is exact
+            op.counts[0] += 1
 
 
 def _rotate(x: Floats, heads: int, a: ops.AttentionShape, step: ops.Step) -> Floats:
