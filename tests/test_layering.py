@@ -20,7 +20,8 @@ DIRECT = {
     "engine": {"gguf", "quants", "arch", "kernels", "model"},
     "llm": {"gguf", "quants", "arch", "kernels", "model", "engine", "text"},
     "eval": {"llm"},
-    "cli": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine", "llm", "eval"},
+    "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
+    "cli": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine", "llm", "eval", "calibrate"},
 }
 OUTSIDE = {"__init__": {"llm"}, "__main__": {"cli"}}  # the package's own front doors
 ORACLES = {"torch", "transformers", "gguf", "openai", "mlx_lm", "llama_cpp"}  # for tests only

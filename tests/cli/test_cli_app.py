@@ -44,7 +44,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "sentence"),
     [
         (["quantise", "a", "b"], "no verb 'quantise'; did you mean quantize?"),
-        (["xyzzy"], "no verb 'xyzzy'; the verbs are convert, quantize, run, inspect, doctor"),
+        (["xyzzy"], f"no verb 'xyzzy'; the verbs are {', '.join(app.VERBS)}"),
         (["--verson"], "no option '--verson'"),
         (["run", "--tempp", "1"], "no option --tempp; did you mean --temp?"),
         (["run", "--ctx-siz", "1"], "no option --ctx-siz; did you mean --ctx-size?"),

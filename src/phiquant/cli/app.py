@@ -21,6 +21,7 @@ PROGRAM = "phiquant"
 VERBS = {
     "convert": "Convert a Hugging Face checkpoint to GGUF.",
     "quantize": "Quantize a GGUF file or a checkpoint, in one step.",
+    "imatrix": "Collect an importance matrix: which weights matter to a model on a text.",
     "run": "Generate text, or chat, with a GGUF model.",
     "inspect": "Show what a GGUF file holds.",
     "doctor": "Show what this machine offers and what phiquant makes of it.",
