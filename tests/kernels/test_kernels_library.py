@@ -29,10 +29,10 @@ print(word.value)
 """
 
 
-def run(cache: Path, **extra: str) -> str:
+def run(cache: Path, program: str = PROGRAM, **extra: str) -> str:
     environment = {**os.environ, "PHIQUANT_CACHE_DIR": str(cache), **extra}
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
     ).stdout
 
 
@@ -42,6 +42,27 @@ def test_second_start_loads_what_the_first_compiled(tmp_path: Path) -> None:
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert [p.suffix for p in directory.iterdir()] == [".o"]
     assert run(tmp_path) == "42\n"
+
+
+TABLE = """
+import ctypes, sys
+from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu.emit import I64
+library.on_compile.append(lambda name: print("compiled", name))
+def body(e, x):
+    at = e.table(bytes(range(200)) * 50)
+    e.store(e.load(at + e.load(x, I64), I64), x)
+address = library.function("test.table", 1, body)
+word = ctypes.c_int64(9401)
+ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)(ctypes.addressof(word))
+print(word.value.to_bytes(8, "little")[::7])
+"""
+
+
+@pytest.mark.parametrize("lowering", ["", "generic"])
+def test_constant_tables_come_back_with_the_code(tmp_path: Path, lowering: str) -> None:
+    assert run(tmp_path, TABLE, PHIQUANT_LOWERING=lowering) == "compiled test.table\nb'\\x01\\x08'\n"
+    assert run(tmp_path, TABLE, PHIQUANT_LOWERING=lowering) == "b'\\x01\\x08'\n"
 
 
 def test_another_lowering_is_another_file(tmp_path: Path) -> None:

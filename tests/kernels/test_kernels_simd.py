@@ -58,6 +58,23 @@ def test_dot_pairs(target: Target, lanes: int) -> None:
     np.testing.assert_array_equal(t, expected)
 
 
+@pytest.mark.parametrize("entries", [4, 8, 16])
+@pytest.mark.parametrize("lanes", [16, 64])
+def test_lookup(target: Target, lanes: int, entries: int) -> None:
+    rng = np.random.default_rng(entries)
+    table = rng.integers(0, 256, entries).astype(np.uint8)
+    index = rng.integers(0, entries, lanes).astype(np.uint8)
+    out = np.zeros(lanes, np.uint8)
+
+    def body(e: Emitter, i: Value, o: Value) -> None:
+        e.store(simd.lookup(e, table.tolist(), e.load(i, vec(I8, lanes))), o)
+
+    call(f"lookup.{lanes}.{entries}", body, target, index, out)
+    np.testing.assert_array_equal(out, table[index])
+    text = library.emit_assembly("lookup", 2, body, target)
+    assert ("pshufb" in text) == (target.lowering not in ("generic", "neon"))
+
+
 def test_the_lowering_asked_for_is_the_one_emitted(lowerings: list[str]) -> None:
     def body(e: Emitter, u: Value, s: Value, t: Value) -> None:
         bytes_ = vec(I8, 64)

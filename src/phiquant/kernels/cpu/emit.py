@@ -17,6 +17,7 @@ Addresses are I64 values; loads and stores take any alignment unless told otherw
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -198,6 +199,19 @@ class Emitter:
             slot = self.b.alloca(ir.ArrayType(I8, size))
             slot.align = align
             return Value(self, self.b.ptrtoint(slot, I64))
+
+    def table(self, data: bytes) -> Value:
+        """The address of constant bytes that are part of the kernel, aligned to 64; equal bytes are kept once.
+
+        They must come from `quants` or this folder: the cache of kernels knows of changes in those alone.
+        """
+        name = f"table.{hashlib.sha256(data).hexdigest()[:20]}"
+        known = self.b.module.globals.get(name)
+        if known is None:
+            known = ir.GlobalVariable(self.b.module, ir.ArrayType(I8, len(data)), name)
+            known.linkage, known.global_constant, known.align = "private", True, 64
+            known.initializer = ir.Constant(known.value_type, bytearray(data))
+        return Value(self, self.b.ptrtoint(known, I64))
 
     def atomic_load(self, address: Value) -> Value:
         """Read a shared 32-bit word, sequentially consistent; as I64."""

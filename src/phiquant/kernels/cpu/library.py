@@ -1,9 +1,9 @@
 """Compiling kernels and keeping them: one object file per kernel in the user's cache directory.
 
-A file is named by a hash of every kernel source, llvmlite's version, the target and the kernel's own name, which holds
-all of its parameters; so a hit is always right and nothing is ever invalidated. No pickle: what is read back is a
-checksum and an ELF/Mach-O/COFF object that LLVM's loader links into the process. The directory must belong to the user
-with mode 0700, else compiled kernels stay in memory.
+A file is named by a hash of every kernel source and of the formats' definitions, llvmlite's version, the target and the
+kernel's own name, which holds all of its parameters; so a hit is always right and nothing is ever invalidated. No
+pickle: what is read back is a checksum and an ELF/Mach-O/COFF object that LLVM's loader links into the process. The
+directory must belong to the user with mode 0700, else compiled kernels stay in memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from ... import quants
 from ...errors import KernelError
 from .emit import I64, VOID, Emitter, Value
 from .target import Target, host
@@ -119,9 +120,10 @@ def _link(symbol: str, data: bytes) -> int:
 
 @cache
 def _sources() -> bytes:
-    """A hash of everything that shapes machine code: the sources of this folder and the libraries' versions."""
+    """A hash of all that shapes machine code: this folder's sources, the formats' tables, the libraries' versions."""
     h = hashlib.sha256(f"{llvmlite.__version__} {'.'.join(map(str, llvm.llvm_version_info))}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    formats = Path(quants.__file__).parent
+    for source in sorted([*Path(__file__).parent.glob("*.py"), *formats.glob("*.py"), *formats.glob("*.bin")]):
         h.update(source.name.encode() + b"\0" + source.read_bytes())
     return h.digest()
 

@@ -24,7 +24,7 @@ from .matmul_blocks import ENTRY, LEVELS, BlockFormat, halves, nibbles
 from .matmul_float import gather
 from .matmul_tiles import LANES
 
-__all__ = ["K_FORMATS", "KFormat"]
+__all__ = ["K_FORMATS", "KFormat", "moved", "split_bytes", "words"]
 
 
 class KFormat(BlockFormat):
@@ -46,13 +46,13 @@ class KFormat(BlockFormat):
         """Interleave one super-block of 16 rows."""
 
 
-def _words(e: Emitter, rows: list[Value], source: int, chunk: Value, target: int, count: int) -> None:
+def words(e: Emitter, rows: list[Value], source: int, chunk: Value, target: int, count: int) -> None:
     """Interleave `count` groups of 4 bytes."""
     with e.loop(0, count) as i:
         e.store(gather(e, [r + i * 4 for r in rows], source, I32), chunk + i * ENTRY + target)
 
 
-def _bytes(word: Value) -> list[Value]:
+def split_bytes(word: Value) -> list[Value]:
     """The 4 bytes of i32 lanes, lowest first, each as i32 lanes."""
     return [word.lsr(8 * i) & 255 for i in range(4)]
 
@@ -102,14 +102,14 @@ class Q6K(_Signed):
         """Interleave one super-block of 16 rows."""
         e.store(gather(e, rows, 208, I16), chunk)
         for i in range(4):
-            for j, byte in enumerate(_bytes(gather(e, rows, 192 + 4 * i, I32))):
+            for j, byte in enumerate(split_bytes(gather(e, rows, 192 + 4 * i, I32))):
                 e.store(byte.trunc(I8), chunk + (64 + _position(4 * i + j) * LANES))
         with e.loop(0, 4) as run:
             at, part = chunk + run * (12 * ENTRY) + 320, (run & 1) * 16
             low = [r + (run >> 1) * 64 + part for r in rows]
-            _words(e, low, 0, at, 0, 4)
-            _words(e, low, 32, at, 4 * ENTRY, 4)
-            _words(e, [r + (run >> 1) * 32 + part for r in rows], 128, at, 8 * ENTRY, 4)
+            words(e, low, 0, at, 0, 4)
+            words(e, low, 32, at, 4 * ENTRY, 4)
+            words(e, [r + (run >> 1) * 32 + part for r in rows], 128, at, 8 * ENTRY, 4)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
@@ -117,7 +117,7 @@ class Q6K(_Signed):
         low = [e.load(at + i * ENTRY, LEVELS) for i in range(8)]
         high = [e.load(at + (8 + i) * ENTRY, LEVELS) for i in range(4)]
         return [
-            [nibbles(low[i + 4 * (turn % 2)])[turn // 2] | (_moved(high[i], 4 - 2 * turn) & 0x30) for i in range(4)]
+            [nibbles(low[i + 4 * (turn % 2)])[turn // 2] | (moved(high[i], 4 - 2 * turn) & 0x30) for i in range(4)]
             for turn in range(4)
         ]
 
@@ -133,14 +133,14 @@ class Q3K(_Signed):
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
         """Interleave one super-block of 16 rows."""
         e.store(gather(e, rows, 108, I16), chunk)
-        words = [gather(e, rows, 96 + 4 * i, I32) for i in range(3)]
-        tops = _bytes(words[2])
+        parts = [gather(e, rows, 96 + 4 * i, I32) for i in range(3)]
+        tops = split_bytes(parts[2])
         for j in range(16):
-            byte = (words[j // 4 % 2].lsr(8 * (j % 4)) & 255).lsr(4 * (j // 8)) & 15
+            byte = (parts[j // 4 % 2].lsr(8 * (j % 4)) & 255).lsr(4 * (j // 8)) & 15
             top = tops[j % 4].lsr(2 * (j // 4)) & 3
             e.store(((byte | (top << 4)) - 32).trunc(I8), chunk + (64 + _position(j) * LANES))
-        _words(e, rows, 0, chunk, 320, 8)
-        _words(e, rows, 32, chunk, 832, 16)
+        words(e, rows, 0, chunk, 320, 8)
+        words(e, rows, 32, chunk, 832, 16)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
@@ -150,11 +150,11 @@ class Q3K(_Signed):
         masks_at, shift = chunk + (run & 1) * (4 * ENTRY) + 320, ((run >> 1) * 4).trunc(I16)
         masks = [e.load(masks_at + i * ENTRY, vec(I16, 32)).lsr(shift).bits(LEVELS) for i in range(4)]
         return [
-            [(_moved(low[i], -2 * turn) & 3) | (_moved(masks[i], 2 - turn) & 4) for i in range(4)] for turn in range(4)
+            [(moved(low[i], -2 * turn) & 3) | (moved(masks[i], 2 - turn) & 4) for i in range(4)] for turn in range(4)
         ]
 
 
-def _moved(v: Value, left: int) -> Value:
+def moved(v: Value, left: int) -> Value:
     """Bytes shifted left, or right if negative, as 16-bit lanes."""
     wide = v.bits(vec(I16, v.lanes // 2))
     return (wide << left if left > 0 else wide.lsr(-left) if left else wide).bits(v.type)
@@ -176,7 +176,7 @@ class Q4K(KFormat):
         both = gather(e, rows, 0, I32)
         e.store(both.trunc(I16), chunk)
         e.store(both.lsr(16).trunc(I16), chunk + 32)
-        low, middle, high = (_bytes(gather(e, rows, 4 + 4 * i, I32)) for i in range(3))
+        low, middle, high = (split_bytes(gather(e, rows, 4 + 4 * i, I32)) for i in range(3))
         scales = [v & 63 for v in low] + [(h & 15) | (v.lsr(6) << 4) for v, h in zip(low, high, strict=True)]
         mins = [v & 63 for v in middle] + [h.lsr(4) | (v.lsr(6) << 4) for v, h in zip(middle, high, strict=True)]
         # Kept at 6 bits, since decoding is bound by bytes. For a run of sub-blocks (0, 1) and each row:
@@ -189,8 +189,8 @@ class Q4K(KFormat):
             e.store(fours.trunc(I16), chunk + (64 + run * 2 * LANES))
             e.store(twos.trunc(I8), chunk + (192 + run * LANES))
         if self.five:
-            _words(e, rows, 16, chunk, 256, 8)
-        _words(e, rows, 48 if self.five else 16, chunk, self.qs, 32)
+            words(e, rows, 16, chunk, 256, 8)
+        words(e, rows, 48 if self.five else 16, chunk, self.qs, 32)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
@@ -201,7 +201,7 @@ class Q4K(KFormat):
             if self.five:
                 # Bits 2 run and 2 run + 1 of the plane; shifted so that they stand at 0 and 1.
                 top = e.load(chunk + (256 + i * ENTRY), vec(I16, 32)).lsr((run * 2).trunc(I16)).bits(LEVELS)
-                a, b = a | (_moved(top, 4) & 16), b | (_moved(top, 3) & 16)
+                a, b = a | (moved(top, 4) & 16), b | (moved(top, 3) & 16)
             low.append(a)
             high.append(b)
         return [low, high]
@@ -244,13 +244,13 @@ class Q2K(_Sixteen):
             word = gather(e, rows, 4 * i, I32)
             e.store(word.trunc(I16), chunk + (64 + 4 * i * LANES))
             e.store(word.lsr(16).trunc(I16), chunk + (64 + (4 * i + 2) * LANES))
-        _words(e, rows, 16, chunk, 320, 16)
+        words(e, rows, 16, chunk, 320, 16)
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
         at = chunk + run * (4 * ENTRY) + 320
         packed = [e.load(at + i * ENTRY, LEVELS) for i in range(4)]
-        return [[_moved(v, -2 * turn) & 3 for v in packed] for turn in range(4)]
+        return [[moved(v, -2 * turn) & 3 for v in packed] for turn in range(4)]
 
     def scales(self, e: Emitter, chunk: Value, run: Value) -> list[Value]:
         """Scales of the sub-blocks of a run."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .emit import F16, F32, I16, I32, Emitter, Value, vec
+from .emit import F16, F32, I8, I16, I32, Emitter, Value, vec
 
 __all__ = [
     "bfloat_to_float",
@@ -18,6 +18,7 @@ __all__ = [
     "float_to_bfloat",
     "float_to_half",
     "half_to_float",
+    "lookup",
     "multiply_add",
     "nearest_int",
     "reduce",
@@ -138,6 +139,45 @@ def _maddubs128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
 
 def _sdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
     return e.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", vec(I32, 4), t, u, s)
+
+
+def lookup(e: Emitter, table: Sequence[int], index: Value) -> Value:
+    """table[index[i]] for every byte of `index`, each less than the number of entries, which is 2, 4, 8 or 16.
+
+    Args:
+        table: bytes, 0..255.
+        index: i8 × n, n a multiple of 16.
+    """
+    if e.target.lowering not in _SHUFFLES:
+        return _selected(e, table, index)
+    name, width = _SHUFFLES[e.target.lowering]
+    if index.lanes % width:
+        name, width = _SHUFFLES["sse41"]  # every processor with a wider one has it
+    kind = vec(I8, width)
+    values = e.const(kind, [table[i % len(table)] for i in range(16)] * (width // 16))
+    parts = [index.shuffle(range(i, i + width)) for i in range(0, index.lanes, width)]
+    return concatenate(e, [e.intrinsic(name, kind, values, part) for part in parts])
+
+
+# Lowering: the instruction that picks bytes of every 16 by the low four bits of others, and its bytes.
+_SHUFFLES = {
+    "avx512vnni": ("llvm.x86.avx512.pshuf.b.512", 64),
+    "avxvnni": ("llvm.x86.avx2.pshuf.b", 32),
+    "avx2": ("llvm.x86.avx2.pshuf.b", 32),
+    "sse41": ("llvm.x86.ssse3.pshuf.b.128", 16),
+    "neon": ("llvm.aarch64.neon.tbl1.v16i8", 16),
+}
+
+
+def _selected(e: Emitter, table: Sequence[int], index: Value) -> Value:
+    """A tree of choices by the bits of the index: no instruction is needed but comparing and masking."""
+    values = [e.const(index.type, v) for v in table]
+    bit = 1
+    while len(values) > 1:
+        set_ = ((index & bit) == bit).sext(I8)
+        values = [a ^ ((a ^ b) & set_) for a, b in zip(values[::2], values[1::2], strict=True)]
+        bit *= 2
+    return values[0]
 
 
 def half_to_float(e: Emitter, bits: Value) -> Value:
