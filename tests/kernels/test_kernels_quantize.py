@@ -16,12 +16,14 @@ from phiquant.errors import KernelError, UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels import quantize as module
 from phiquant.kernels.cpu import target
+from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE
 from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
 
 pytestmark = pytest.mark.cpu
 
 TYPES = sorted(quants.QUANTIZABLE)
 BLOCKED = [t for t in TYPES if t.is_quantized]
+WEIGHTED = [(t, w) for t in TYPES for w in (False, True) if w or t not in quants.IMPORTANCE_REQUIRED]
 KINDS = ("normal", "heavy", "constant", "zero", "tiny", "denormal", "flat", "sparse", "wide", "signed zeros", "uneven")
 
 
@@ -60,17 +62,23 @@ def importances(columns: int, seed: int) -> np.ndarray:
     return w
 
 
+def needed(type: GGMLType, columns: int) -> np.ndarray | None:
+    """An importance where a type is not quantized without."""
+    return importances(columns, seed=11) if type in quants.IMPORTANCE_REQUIRED else None
+
+
 def stored(x: np.ndarray, source: GGMLType) -> np.ndarray:
     return quants.quantize(x, source)
 
 
-@pytest.mark.parametrize("with_importance", [False, True])
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize(("type", "with_importance"), WEIGHTED)
 def test_bytes_equal_the_reference(type, with_importance):
     importance = importances(768, seed=1) if with_importance else None
     for kind in KINDS:
         x = inputs(kind, 23, 768, seed=2)  # 69 super-blocks: groups of lanes cross rows, and the last one is partial
-        found = quantize_rows(x, GGMLType.F32, type, importance)
+        # some "wide" values are too large for NVFP4, which clips them then
+        how = "keep" if type is GGMLType.NVFP4 else "raise"
+        found = quantize_rows(x, GGMLType.F32, type, importance, nonfinite=how)
         assert found.shape == (23, type.row_bytes(768))
         assert np.array_equal(found, quants.quantize(x, type, importance)), kind
 
@@ -81,7 +89,7 @@ def test_other_sources_are_widened_exactly(type, source):
     x = stored(inputs("heavy", 9, 512, seed=3), source)
     wide = quants.dequantize(x, source, (9, 512))
     importance = importances(512, seed=4)
-    for weights in (None, importance):
+    for weights in (needed(type, 512), importance):
         expected = quants.quantize(wide, type, weights)
         assert np.array_equal(quantize_rows(x, source, type, weights), expected)
         assert np.array_equal(quantize_rows(x.view(np.uint16), source, type, weights), expected)
@@ -107,21 +115,25 @@ def test_every_lowering_gives_the_same_bytes(type, lowering, monkeypatch):
     caches = (module._quantizer, module._dequantizer, module._floats)
     for cache in caches:
         cache.cache_clear()
+    importance = needed(type, 768)
+    readable = type in DEQUANTIZABLE or not type.is_quantized
     try:
-        found = quantize_rows(x, GGMLType.F32, type)
-        from_half = quantize_rows(half, GGMLType.F16, type)
-        back = dequantize_rows(found, type, 5, 768)
+        found = quantize_rows(x, GGMLType.F32, type, importance)
+        from_half = quantize_rows(half, GGMLType.F16, type, importance)
+        back = dequantize_rows(found, type, 5, 768) if readable else None
     finally:
         for cache in caches:
             cache.cache_clear()
-    assert len(compiled) == 3, "the kernels under test must be the forced ones"
-    expected = quants.quantize(x, type)
+    assert len(compiled) == 2 + readable, "the kernels under test must be the forced ones"
+    expected = quants.quantize(x, type, importance)
     assert np.array_equal(found, expected)
-    assert np.array_equal(from_half, quants.quantize(quants.dequantize(half, GGMLType.F16, x.shape), type))
-    assert np.array_equal(back, quants.dequantize(expected, type, x.shape))
+    wide = quants.dequantize(half, GGMLType.F16, x.shape)
+    assert np.array_equal(from_half, quants.quantize(wide, type, importance))
+    if readable:
+        assert np.array_equal(back, quants.dequantize(expected, type, x.shape))
 
 
-@pytest.mark.parametrize("type", [GGMLType.Q4_0, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q6_K])
+@pytest.mark.parametrize("type", [GGMLType.Q4_0, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.NVFP4])
 @pytest.mark.parametrize("arm", [False, True])
 def test_no_operation_is_contracted_and_nothing_is_called(type, arm, monkeypatch):
     llvm.initialize_all_targets()
@@ -154,14 +166,19 @@ def test_any_number_of_blocks_and_nothing_beside_them(type, source, blocks, seed
     x = np.concatenate([stored(values, source).reshape(-1), np.full(64, 0xFF, np.uint8)])  # NaN behind the input
     room = np.full((blocks + 2) * type.block_bytes, 0xA5, np.uint8)
     flags = ctypes.c_int64(-1)
-    kernel = module._quantizer(type, source, False)
+    importance = needed(type, n)
+    kernel = module._quantizer(type, source, importance is not None)
+    made = module._QUANTIZERS[type].tables
+    tables = made().ctypes.data if made else 0
+    weights = 0 if importance is None else importance.ctypes.data
     out = room[type.block_bytes : -type.block_bytes]
-    kernel(x.ctypes.data, out.ctypes.data, blocks, blocks, 0, 0, ctypes.addressof(flags), 0)
+    # each block a row: all share the importance of one
+    kernel(x.ctypes.data, out.ctypes.data, blocks, 1, weights, 0, ctypes.addressof(flags), tables)
     assert flags.value == 0
     assert (room[: type.block_bytes] == 0xA5).all()
     assert (room[-type.block_bytes :] == 0xA5).all()
     wide = quants.dequantize(stored(values, source), source, values.shape)
-    assert np.array_equal(out, quants.quantize(wide, type).reshape(-1))
+    assert np.array_equal(out, quants.quantize(wide, type, importance).reshape(-1))
 
 
 @given(
@@ -175,24 +192,25 @@ def test_what_is_not_finite_is_reported_wherever_it_stands(type, source, positio
     x = inputs("normal", 19, 256, seed=6)
     x.reshape(-1)[position] = value
     data = stored(x, source)
+    importance = needed(type, 256)
     with pytest.raises(WeightsError, match=f"row {position // 256} .* NaN or infinity"):
-        quantize_rows(data, source, type)
-    kept = quantize_rows(data, source, type, nonfinite="keep")
+        quantize_rows(data, source, type, importance)
+    kept = quantize_rows(data, source, type, importance, nonfinite="keep")
     clean = np.arange(19) != position // 256
     wide = quants.dequantize(data, source, x.shape)
-    assert np.array_equal(kept[clean], quants.quantize(wide[clean], type))
+    assert np.array_equal(kept[clean], quants.quantize(wide[clean], type, importance))
 
 
-@pytest.mark.parametrize("type", [t for t in TYPES if t not in (GGMLType.F32, GGMLType.BF16)])
+@pytest.mark.parametrize("type", [t for t in TYPES if t not in (GGMLType.F32, GGMLType.BF16, GGMLType.MXFP4)])
 def test_values_too_large_for_the_scales_are_refused(type):
     x = inputs("normal", 3, 256, seed=7)
     x[1] *= 1e9
     with pytest.raises(WeightsError, match=f"row 1 .* too large for {type.name}"):
-        quantize_rows(x, GGMLType.F32, type)
-    assert quantize_rows(x, GGMLType.F32, type, nonfinite="keep").shape == (3, type.row_bytes(256))
+        quantize_rows(x, GGMLType.F32, type, needed(type, 256))
+    assert quantize_rows(x, GGMLType.F32, type, needed(type, 256), nonfinite="keep").shape == (3, type.row_bytes(256))
 
 
-@pytest.mark.parametrize("type", BLOCKED)
+@pytest.mark.parametrize("type", sorted(DEQUANTIZABLE))
 def test_dequantize_equals_the_reference_on_any_bytes(type):
     rng = np.random.default_rng(8)
     data = rng.integers(0, 256, (7, 3 * type.block_bytes), dtype=np.uint8)
@@ -201,6 +219,19 @@ def test_dequantize_equals_the_reference_on_any_bytes(type):
     assert np.array_equal(found, expected, equal_nan=True)
     finite = np.isfinite(expected)
     assert np.array_equal(found.view(np.uint32)[finite], expected.view(np.uint32)[finite])
+
+
+def test_exponents_of_mxfp4_just_below_powers_of_two():
+    # where the logarithm in float32 is rounded up to the next whole number, and where it is not
+    tops = (np.arange(1, 255, dtype=np.uint32) << 23)[:, None]
+    peaks = (tops + 3 - np.arange(63, dtype=np.uint32)).view(np.float32).reshape(-1)
+    x = np.zeros((len(peaks), 32), np.float32)
+    x[:, 7] = peaks
+    found = quantize_rows(x, GGMLType.F32, GGMLType.MXFP4)
+    assert np.array_equal(found, quants.quantize(x, GGMLType.MXFP4))
+    e = np.log2(peaks.astype(np.float64)).astype(np.float32)
+    assert np.array_equal(found[:, 0], np.maximum(np.floor(e) + 125, 0))
+    assert (np.floor(e) > np.floor(np.log2(peaks.astype(np.float64)))).sum() > 1000, "the case must occur"
 
 
 def test_half_precision_of_every_pattern():
@@ -255,7 +286,7 @@ def test_empty_input():
         (np.zeros((2, 1023), np.uint8), GGMLType.F32, GGMLType.Q4_K, None, WeightsError, "does not hold rows of F32"),
         (np.zeros((2, 256), np.float32), GGMLType.F32, GGMLType.Q4_K, np.ones(255), WeightsError, "importance"),
         (np.zeros((2, 144), np.uint8), GGMLType.Q4_K, GGMLType.Q6_K, None, UnsupportedError, "Q4_K"),
-        (np.zeros((2, 256), np.float32), GGMLType.F32, GGMLType.IQ4_NL, None, UnsupportedError, "IQ4_NL"),
+        (np.zeros((2, 256), np.float32), GGMLType.F32, GGMLType.Q8_K, None, UnsupportedError, "Q8_K"),
     ],
 )
 def test_refusals_name_the_cause(x, source, type, importance, error, words):

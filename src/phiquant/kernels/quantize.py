@@ -18,11 +18,12 @@ from phiquant import quants
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu import library
-from phiquant.kernels.cpu.dequantize import emit_dequantize
+from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE, emit_dequantize
 from phiquant.kernels.cpu.emit import Emitter, Value
 from phiquant.kernels.cpu.quantize_kquants import emit_kquant
 from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments, Quantizer
 from phiquant.kernels.cpu.quantize_legacy import emit_floats, emit_legacy, emit_mean_squares
+from phiquant.kernels.cpu.quantize_small import emit_small
 
 __all__ = ["FLOATS", "dequantize_rows", "quantize_rows"]
 
@@ -39,6 +40,10 @@ _QUANTIZERS: dict[GGMLType, Quantizer] = {
     GGMLType.Q8_0: Quantizer(emit_legacy),
     **dict.fromkeys(
         (GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K), Quantizer(emit_kquant)
+    ),
+    **dict.fromkeys(
+        (GGMLType.Q1_0, GGMLType.Q2_0, GGMLType.TQ1_0, GGMLType.TQ2_0, GGMLType.MXFP4, GGMLType.NVFP4),
+        Quantizer(emit_small),
     ),
 }
 """The compiled quantizer of every blocked type."""
@@ -113,7 +118,7 @@ def dequantize_rows(data: npt.NDArray[Any], type: GGMLType, rows: int, columns: 
         WeightsError: the bytes are not that many.
         UnsupportedError: a type that this version does not read.
     """
-    if type not in quants.QUANTIZABLE:
+    if type not in FLOATS and type not in DEQUANTIZABLE:
         raise UnsupportedError(f"weights of type {type.name} are not dequantized by this version")
     if columns % type.block_elements or data.nbytes != rows * (columns // type.block_elements) * type.block_bytes:
         raise WeightsError(f"{data.nbytes} bytes are not {rows} rows of {columns} {type.name} weights")

@@ -8,9 +8,18 @@ from phiquant.quants import Format, Plane
 from .emit import I8, I16, I32, Emitter, Value, vec
 from .simd import half_to_float
 
-__all__ = ["emit_dequantize"]
+__all__ = ["DEQUANTIZABLE", "emit_dequantize"]
 
 _LANES = 16
+
+DEQUANTIZABLE = frozenset(
+    (
+        *(GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0),
+        *(GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K),
+    )
+)
+"""The blocked formats that `emit_dequantize` knows."""
+
 _CENTRE = {GGMLType.Q4_0: 8, GGMLType.Q5_0: 16, GGMLType.Q3_K: 4, GGMLType.Q6_K: 32}
 
 

@@ -205,6 +205,10 @@ class Kernel(Lanes):
         self._scales.set(self.e.max(self._scales.get(), wide & 0x7C00))
         return wide, half_to_float(self.e, bits)
 
+    def overflow(self, mask: Value) -> None:
+        """Flag INFINITE_SCALE if the condition holds in some lane."""
+        self._scales.set(self.e.where(mask, self.whole(0x7C00), self._scales.get()))
+
     def pack(self, plane: Plane, levels: Column) -> Column:
         """One field's words of 4 bytes from the levels (int32)."""
         per_byte = 8 // plane.bits
@@ -221,9 +225,11 @@ class Kernel(Lanes):
             assert made is not None
             return made
 
-        if plane.run % 4:  # a field of one word
-            places = {plane.place(i): i for i in range(self.elements)}
-            words.put(0, word(lambda byte, turn: places[byte, plane.bits * turn]))
+        if plane.run % 4:  # a word holds the bits of consecutive elements
+            places = {plane.place(i): i for i in range(4 * per_byte)}
+            with self.e.loop(0, self.entry.dtype[plane.field].itemsize // 4) as i:
+                first = i * (4 * per_byte)
+                words.put(i, word(lambda byte, turn: first + places[byte, plane.bits * turn]))
             return words
         with self.e.loop(0, self.elements // (plane.run * per_byte)) as group:
             base, to = group * (plane.run * per_byte), group * (plane.run // 4)
@@ -241,7 +247,7 @@ class Kernel(Lanes):
         return words
 
     def store(self, first: Value, fields: Mapping[str, Value | Column]) -> None:
-        """Write the group's blocks: every field of the format, as words or (two bytes) as the low half of an int32."""
+        """Write the group's blocks: every field of the format, as words or (one or two bytes) the low bits of one."""
         e, dtype = self.e, self.entry.dtype
         columns = {}
         for name in dtype.names or ():
@@ -256,8 +262,8 @@ class Kernel(Lanes):
             for name in dtype.names or ():
                 offset, size = dtype.fields[name][1], dtype[name].itemsize  # type: ignore[index]
                 at = columns[name].address + lane * 4
-                if size == 2:
-                    e.store(e.load(at, I32).trunc(I16), to + offset)
+                if size < 4:
+                    e.store(e.load(at, I32).trunc({1: I8, 2: I16}[size]), to + offset)
                     continue
                 unroll = next(u for u in (8, 4, 3, 2, 1) if size // 4 % u == 0)
                 with e.loop(0, size // 4, unroll) as i:
