@@ -16,8 +16,11 @@ from phiquant.quants.block import join, split
 TYPES = sorted(quants.QUANTIZABLE)
 READABLE = sorted(quants.READABLE - {GGMLType.Q1_0, GGMLType.Q2_0})  # which gguf does not dequantize
 BLOCKED = [t for t in TYPES if t.is_quantized]
+WEIGHTED = [(t, w) for t in BLOCKED for w in (False, True) if w or t not in quants.IMPORTANCE_REQUIRED]
+PLANES = sorted(t for t in quants.READABLE if quants.format_of(t).planes)
 # gguf's own quantizers of these types are exact copies of llama.cpp's; of the K types it has none
 THEIRS = [GGMLType.F16, GGMLType.BF16, GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0]
+THEIRS += [GGMLType.TQ1_0, GGMLType.TQ2_0, GGMLType.MXFP4]
 
 
 def random_bytes(type: GGMLType, blocks: int, seed: int) -> np.ndarray:
@@ -67,11 +70,11 @@ def test_dequantize_equals_gguf_bit_for_bit(type):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("type", THEIRS)
 def test_quantize_equals_gguf(type, kind):
-    x = inputs(kind, 40, 320, seed=type)
+    x = inputs(kind, 40, 768 if type.block_elements == 256 else 320, seed=type)
     with np.errstate(all="ignore"):
         theirs = their_quantize(x, gguf.GGMLQuantizationType(int(type))).view(np.uint8).reshape(40, -1)
     if kind == "denormal" and type.is_quantized:
-        # scales below half precision are zero in both; their levels are undefined casts
+        # scales below half precision are zero in both, or hold only zeros; their levels are undefined casts
         theirs, ours = (quants.dequantize(b, type, x.shape) for b in (theirs, quants.quantize(x, type)))
         assert np.array_equal(ours, theirs)
     else:
@@ -89,35 +92,52 @@ def test_bfloat16_of_every_rounding():
     assert np.array_equal(quants.quantize(x, GGMLType.BF16).view(np.uint16), theirs)
 
 
-@pytest.mark.parametrize("with_importance", [False, True])
+# root mean square error of a block as part of its peak, at most; and the peak below which a block may come out zero
+BOUNDS = {
+    GGMLType.Q1_0: (1.0, 1e-7),
+    GGMLType.Q2_0: (0.5, 1e-7),
+    GGMLType.TQ1_0: (0.5, 1e-7),
+    GGMLType.TQ2_0: (0.5, 1e-7),
+    GGMLType.MXFP4: (0.26, 1e-37),  # 6 is the largest level, but peaks reach 8
+    GGMLType.NVFP4: (0.17, 1e-2),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("type", BLOCKED)
+@pytest.mark.parametrize(("type", "with_importance"), WEIGHTED)
 def test_error_is_bounded_by_the_step(type, kind, with_importance):
-    x = inputs(kind, 6, 512, seed=3)
-    importance = np.random.default_rng(5).random(512, np.float32) if with_importance else None
+    x = inputs(kind, 6, 768, seed=3)
+    importance = np.random.default_rng(5).random(768, np.float32) if with_importance else None
     back = quants.dequantize(quants.quantize(x, type, importance), type, x.shape)
     assert np.isfinite(back).all()
-    # root mean square error of a block as part of its peak: levels are peak / 2**(bits - 1) apart
-    bits = sum(plane.bits for plane in quants.format_of(type).planes)
     n = type.block_elements
     peak = np.abs(x).reshape(-1, n).max(1)
     error = np.sqrt(((back - x).astype(np.float64) ** 2).reshape(-1, n).mean(1))
-    half_underflow = 6e-8 * (16 if n == 32 else 4096)
-    assert (error <= 0.6 * peak / 2 ** (bits - 1) + half_underflow).all(), (error / peak).max()
+    # levels are peak / 2**(bits - 1) apart
+    bits = sum(plane.bits for plane in quants.format_of(type).planes)
+    part, least = BOUNDS.get(type, (0.6 / 2 ** (bits - 1), 6e-8 * (16 if n == 32 else 4096)))
+    assert (error <= part * peak + least).all(), (error / peak).max()
 
 
 @pytest.mark.parametrize("type", BLOCKED)
 def test_blocks_do_not_depend_on_their_neighbours(type):
-    x = inputs("heavy", 8, 512, seed=9)
-    whole = quants.quantize(x, type).reshape(-1, type.block_bytes)
-    for i, block in enumerate(x.reshape(-1, type.block_elements)[:5]):
-        assert np.array_equal(quants.quantize(block, type), whole[i])
+    n = type.block_elements
+    x = inputs("heavy", 8, 2 * n, seed=9)
+    importance = np.random.default_rng(5).random(2 * n, np.float32)
+    given = {None: None, 1: importance} if type not in quants.IMPORTANCE_REQUIRED else {1: importance}
+    if n == 32 and type is not GGMLType.IQ4_NL:
+        given.pop(1)  # there the whole row has a part in the weights
+    for weights in given.values():
+        whole = quants.quantize(x, type, weights).reshape(-1, type.block_bytes)
+        for i, block in enumerate(x.reshape(-1, n)[:5]):
+            part = None if weights is None else weights[i % 2 * n :][:n]
+            assert np.array_equal(quants.quantize(block, type, part), whole[i])
 
 
 @given(st.data())
 @settings(deadline=None)
 def test_planes_hold_every_level(data):
-    entry = quants.format_of(data.draw(st.sampled_from(BLOCKED)))
+    entry = quants.format_of(data.draw(st.sampled_from(PLANES)))
     bits = sum(plane.bits for plane in entry.planes)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     levels = rng.integers(0, 2**bits, (3, entry.type.block_elements), dtype=np.int32)
@@ -159,5 +179,7 @@ def test_refusals_name_the_cause():
         quants.quantize(np.zeros((2, 100), np.float32), GGMLType.Q4_K)
     with pytest.raises(WeightsError, match="importance"):
         quants.quantize(np.zeros((2, 256), np.float32), GGMLType.Q4_K, np.ones(255, np.float32))
+    with pytest.raises(WeightsError, match="IQ1_S is not quantized without an importance"):
+        quants.check_importance(GGMLType.IQ1_S, None, 256)
     with pytest.raises(WeightsError, match="143 bytes"):
         quants.dequantize(np.zeros(143, np.uint8), GGMLType.Q4_K, (1, 256))

@@ -12,6 +12,7 @@ from phiquant import quants
 from phiquant.errors import WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
+from phiquant.quants.iquants import d_iq1_m
 
 __all__ = ["convert_rows", "first_bad_row"]
 
@@ -58,8 +59,11 @@ def convert_rows(
 
 
 def first_bad_row(data: _Bytes, kind: GGMLType, rows: int) -> int | None:
-    """Return the first of `rows` rows that holds NaN or infinity (quantized: as a block's scale), else None."""
-    if not data.size or (kind not in _INFINITY and kind not in quants.QUANTIZABLE):
+    """Return the first of `rows` rows that holds NaN or infinity (quantized: as a block's scale), else None.
+
+    All scales of NVFP4 are valid: its readers take the byte of NaN for 0.
+    """
+    if not data.size or (kind not in _INFINITY and kind not in quants.READABLE):
         return None  # integers, and types that are only ever copied
     if kind in _INFINITY:
         width, infinity = _INFINITY[kind]
@@ -68,7 +72,13 @@ def first_bad_row(data: _Bytes, kind: GGMLType, rows: int) -> int | None:
         width, infinity = _HALF_SCALES
         layout = quants.block_dtype(kind)
         blocks = data.view(layout).reshape(rows, -1)
-        fields = [blocks[name].view("<u2") for name in layout.names or () if layout[name].base == np.dtype("<f2")]
+        if kind is GGMLType.MXFP4:  # 0xFF is the only byte that is no power of two
+            bad = blocks["e"] == 0xFF
+            return int(np.argmax(bad.any(axis=1))) if bad.any() else None
+        if kind is GGMLType.IQ1_M:
+            fields = [d_iq1_m(blocks.reshape(-1)).view("<u2")]
+        else:
+            fields = [blocks[name].view("<u2") for name in layout.names or () if layout[name].base == np.dtype("<f2")]
     for bits in fields:
         if _has_bad(bits, width, infinity):
             bad = (bits & ((1 << (8 * width - 1)) - 1)) >= infinity

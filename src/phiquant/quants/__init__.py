@@ -4,15 +4,14 @@ This is the definition that the compiled quantizers are tested against; it is ve
 microseconds a block.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.quants import iquants, kquants, legacy, microscaling, small
-from phiquant.quants.block import Blocks, Bytes, Floats, Format, Plane, Write
+from phiquant.quants.block import Blocks, Bytes, Floats, Format, Plane
 
 __all__ = [
     "IMPORTANCE_IGNORED",
@@ -29,13 +28,7 @@ __all__ = [
 ]
 
 _FAMILIES = (legacy.FORMATS, kquants.FORMATS, iquants.FORMATS, small.FORMATS, microscaling.FORMATS)
-# quantizers that have a module of their own, apart from their format's layout
-_QUANTIZERS: Mapping[GGMLType, Write] = {}
-_FORMATS = {
-    entry.type: replace(entry, quantize=_QUANTIZERS.get(entry.type, entry.quantize))
-    for family in _FAMILIES
-    for entry in family
-}
+_FORMATS = {entry.type: entry for family in _FAMILIES for entry in family}
 
 IMPORTANCE_IGNORED: frozenset[GGMLType] = frozenset(
     (

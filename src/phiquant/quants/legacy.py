@@ -7,7 +7,7 @@ import numpy as np
 
 from phiquant.gguf.types import GGMLType
 from phiquant.quants.block import Blocks, Floats, Format, Plane, join, split
-from phiquant.quants.search import fit_range, fit_symmetric, largest, signed_peak, smallest
+from phiquant.quants.search import fit_range, fit_symmetric, largest, reciprocal, round_away, signed_peak, smallest
 
 __all__ = ["BF16", "F16", "F32", "FORMATS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
@@ -76,11 +76,6 @@ def _weights(x: Floats, importance: Floats) -> Floats:
     return _columns(importance * np.sqrt(mean + squares))
 
 
-def _reciprocal(d: Floats) -> Floats:
-    inverse: Floats = np.where(d != 0, np.float32(1) / d, np.float32(0))
-    return inverse
-
-
 def _truncated(v: Floats) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
     """Towards zero; zero where no 32-bit integer holds the value (a block so small that 1 / d is infinite)."""
     return np.where(np.abs(v) < np.float32(2.0**31), v, np.float32(0)).astype(np.int32)
@@ -94,7 +89,7 @@ def _write_centred(
     if importance is None:
         # the peak, sign included, becomes the lowest level
         d = signed_peak(columns) / np.float32(-centre)
-        scaled = columns * _reciprocal(d)
+        scaled = columns * reciprocal(d)
         # the conversion to 8 bits wraps before the minimum is taken
         levels = np.minimum(_truncated(scaled + np.float32(centre + 0.5)).astype(np.int8), 2 * centre - 1).astype(
             np.int32
@@ -114,7 +109,7 @@ def _write_ranged(
     if importance is None:
         m = smallest(columns)
         d = (largest(columns) - m) / np.float32(top)
-        scaled = (columns - m) * _reciprocal(d)
+        scaled = (columns - m) * reciprocal(d)
         levels = np.minimum(_truncated(scaled + np.float32(0.5)), top)
     else:
         d, offset, levels = fit_range(columns, top, _weights(x, importance), -0.9, 0.05, 36)
@@ -127,10 +122,7 @@ def _write_ranged(
 def _write_q8_0(x: Floats, importance: Floats | None) -> Blocks:
     columns = _columns(x)
     d = np.abs(columns).max(axis=0) / np.float32(127)
-    scaled = columns * _reciprocal(d)
-    # half away from zero: what is left of the truncated value is exact
-    whole = np.trunc(scaled)
-    rounded = whole + np.copysign((np.abs(scaled - whole) >= np.float32(0.5)).astype(np.float32), scaled)
+    rounded = round_away(columns * reciprocal(d))
     blocks = np.zeros(columns.shape[1], Q8_0)
     blocks["d"], blocks["qs"] = d, _truncated(rounded).astype(np.int8).T
     return blocks.reshape(len(x), -1)

@@ -21,6 +21,8 @@ __all__ = [
     "levels_of",
     "nearest",
     "ordered_sum",
+    "reciprocal",
+    "round_away",
     "signed_peak",
     "smallest",
 ]
@@ -33,6 +35,19 @@ def nearest(v: Floats) -> Levels:
     """Round half to even; exact below 2**22, and zero for what stems from dividing by nothing."""
     mantissa = (v + _MAGIC).view(np.int32) & 0x7FFFFF
     rounded: Levels = mantissa - 0x400000
+    return rounded
+
+
+def reciprocal(d: Floats) -> Floats:
+    """1 / d, or 0 where d is 0."""
+    inverse: Floats = np.where(d != 0, np.float32(1) / d, np.float32(0))
+    return inverse
+
+
+def round_away(v: Floats) -> Floats:
+    """Round half away from zero, still float32."""
+    whole = np.trunc(v)  # what is left of the truncated value is exact
+    rounded: Floats = whole + np.copysign((np.abs(v - whole) >= np.float32(0.5)).astype(np.float32), v)
     return rounded
 
 
