@@ -163,6 +163,10 @@ def quantize(
         Path | None,
         Option("--imatrix", metavar="FILE", help="Weigh errors by this importance matrix, GGUF or .dat."),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        Option("--calibrate", metavar="TEXT", help="Collect an importance matrix on this text first, and weigh by it."),
+    ] = None,
     include_weights: Annotated[
         list[str] | None,
         Option(
@@ -201,6 +205,7 @@ def quantize(
         tensor_type=tensor_type or [],
         tensor_type_file=tensor_type_file,
         imatrix=imatrix,
+        calibrate=calibrate,
         include_weights=include_weights or [],
         exclude_weights=exclude_weights or [],
         prune_layers=prune_layers,

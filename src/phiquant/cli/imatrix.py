@@ -5,11 +5,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from phiquant.calibrate import (
@@ -21,10 +19,11 @@ from phiquant.calibrate import (
     layer_figures,
     tensor_figures,
 )
+from phiquant.cli.calibration import CalibrationBar, calibration_text
 from phiquant.cli.failures import WrongUsage
 from phiquant.cli.notices import Notices
 from phiquant.convert.imatrix import ImportanceMatrix, read
-from phiquant.errors import OutputError, RequestError
+from phiquant.errors import OutputError
 
 __all__ = ["ImatrixOptions", "imatrix"]
 
@@ -89,7 +88,7 @@ def _collect(options: ImatrixOptions, parts: Parts, notices: Notices) -> int:
     dataset, begin = str(options.file), time.perf_counter()
     with Calibration(
         options.model,
-        _text(options.file),
+        calibration_text(options.file),
         context=options.ctx_size,
         skip=options.chunk,
         chunks=None if options.chunks == -1 else options.chunks,
@@ -134,47 +133,6 @@ def _collect(options: ImatrixOptions, parts: Parts, notices: Notices) -> int:
     if not options.quiet:
         print(f"{options.output}: {_described(whole)}{_measured(done)}, {time.perf_counter() - begin:.1f} s")
     return 0
-
-
-class CalibrationBar:
-    """A bar on stderr with chunks, tokens per second, the time left and the running perplexity.
-
-    A context manager; silent if `quiet`, and without the bar if stderr is no terminal.
-    """
-
-    def __init__(self, context: int, *, quiet: bool) -> None:
-        self._context = context
-        console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", markup=False),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._begin = time.perf_counter()
-
-    def advanced(self, done: Done) -> None:
-        """Move the bar."""
-        if self._task is None:
-            self._task = self._bar.add_task("collecting", total=done.total, rate="")
-        rate = done.chunks * self._context / (time.perf_counter() - self._begin)
-        measured = "" if done.perplexity is None else f"perplexity {done.perplexity:.2f}, "
-        self._bar.update(self._task, completed=done.chunks, rate=f"{measured}{rate:.0f} tokens/s")
-
-    def __enter__(self) -> "CalibrationBar":
-        self._begin = time.perf_counter()
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
 
 def show(matrix: ImportanceMatrix) -> None:
@@ -236,14 +194,6 @@ def _described(matrix: ImportanceMatrix) -> str:
 
 def _measured(done: Done) -> str:
     return "" if done.perplexity is None else f", perplexity {done.perplexity:.4f} ± {done.error:.4f}"
-
-
-def _text(path: Path) -> str:
-    """As llama.cpp reads it: without the last newline."""
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
-    except ValueError:
-        raise RequestError(f"{path} is not text in UTF-8; convert it first") from None
 
 
 def _check_output(options: ImatrixOptions) -> None:

@@ -10,7 +10,7 @@ from phiquant.convert.overrides import parse_override
 from phiquant.convert.plan import plan_quantize
 from phiquant.convert.prune import parse_layers
 from phiquant.convert.run import execute
-from phiquant.convert.source import open_source
+from phiquant.convert.source import Source, open_source
 from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGMLType
 
@@ -37,6 +37,7 @@ class QuantizeOptions:
     tensor_type: Sequence[str] = ()
     tensor_type_file: Path | None = None
     imatrix: Path | None = None
+    calibrate: Path | None = None
     include_weights: Sequence[str] = ()
     exclude_weights: Sequence[str] = ()
     prune_layers: str | None = None
@@ -61,9 +62,10 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None) -
         leave_output_tensor=options.leave_output_tensor,
     )
     overrides = [parse_override(text) for text in options.override_kv]
-    importance = _importance(options)
+    _check_importance(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     with open_source(parsed.model, quiet=options.quiet) as source:
+        importance = _importance(source, parsed, options)
         plan = plan_quantize(
             source,
             parsed.target,
@@ -108,15 +110,37 @@ def _names_a_type(text: str) -> bool:
     return True
 
 
-def _importance(options: QuantizeOptions) -> Importance | None:
-    if options.imatrix is None:
+def _check_importance(options: QuantizeOptions) -> None:
+    """Before anything is read: what the options say of importance makes sense."""
+    if options.imatrix is not None and options.calibrate is not None:
+        raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
+    if options.imatrix is None and options.calibrate is None:
         for name, given in (("include", options.include_weights), ("exclude", options.exclude_weights)):
             if given:
                 raise RequestError(
                     f"--{name}-weights chooses entries of an importance matrix; pass one with --imatrix."
                 )
+
+
+def _importance(source: Source, parsed: Arguments, options: QuantizeOptions) -> Importance | None:
+    if options.imatrix is not None:
+        return Importance.open(options.imatrix, options.include_weights, options.exclude_weights)
+    if options.calibrate is None:
         return None
-    return Importance.open(options.imatrix, options.include_weights, options.exclude_weights)
+    from phiquant.cli import calibration  # loads the engine, which quantizing does without
+
+    include, exclude = options.include_weights, options.exclude_weights
+    if options.dry_run:
+        return calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude)
+    return calibration.calibrated_importance(
+        source,
+        options.calibrate,
+        include=include,
+        exclude=exclude,
+        folder=Path.cwd() if parsed.outfile is None else parsed.outfile.absolute().parent,
+        threads=parsed.threads,
+        quiet=options.quiet,
+    )
 
 
 def _listed_types(path: Path | None) -> list[str]:

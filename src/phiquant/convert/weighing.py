@@ -37,24 +37,30 @@ class Importance:
     def open(
         cls, path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> "Importance":
-        """Read a file and keep the entries whose names contain any of `include`, or none of `exclude`.
+        """Read a file and choose of it; ImportanceError and GGUFError from `imatrix.read`, RequestError as `chosen`."""
+        return cls.chosen(imatrix.read(path), os.fspath(path), include, exclude)
 
-        RequestError if a part is in no name, or if nothing is left; ImportanceError and GGUFError from `imatrix.read`.
+    @classmethod
+    def chosen(
+        cls, matrix: ImportanceMatrix, origin: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> "Importance":
+        """Keep the entries whose names contain any of `include`, or none of `exclude`.
+
+        RequestError if both are given, if a part is in no name, or if nothing is left.
         """
         if include and exclude:
             raise RequestError("--include-weights and --exclude-weights cannot be used together.")
-        matrix = imatrix.read(path)
         for option, parts in (("--include-weights", include), ("--exclude-weights", exclude)):
             for part in parts:
                 if not any(part in name for name in matrix.entries):
                     raise RequestError(
-                        f"{option} {part}: no entry of {path} has this in its name; names are like "
+                        f"{option} {part}: no entry of {origin} has this in its name; names are like "
                         f"{next(iter(matrix.entries))}."
                     )
-        chosen = matrix.chosen(include, exclude)
-        if not chosen.entries:
-            raise RequestError(f"--exclude-weights leaves no entry of {path}; quantize without --imatrix instead.")
-        return cls(chosen, os.fspath(path))
+        kept = matrix.chosen(include, exclude)
+        if not kept.entries:
+            raise RequestError(f"--exclude-weights leaves no entry of {origin}; quantize without importance instead.")
+        return cls(kept, origin)
 
 
 def weigh(
