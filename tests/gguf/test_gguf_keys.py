@@ -6,7 +6,7 @@ import gguf
 from phiquant.gguf import keys
 
 # Keys of llama.cpp that the package of this version does not name.
-UNNAMED = {keys.CLS_ID}
+UNNAMED = {keys.CLS_ID, *(value for name, value in vars(keys).items() if name.startswith("QUANTIZE_IMATRIX_"))}
 
 
 def strings(holder: type) -> Iterator[str]:

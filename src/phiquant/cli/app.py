@@ -22,6 +22,8 @@ VERBS = {
     "convert": "Convert a Hugging Face checkpoint to GGUF.",
     "quantize": "Quantize a GGUF file or a checkpoint, in one step.",
     "imatrix": "Collect an importance matrix: which weights matter to a model on a text.",
+    "split": "Divide a GGUF file into parts.",
+    "merge": "Join the parts of a split model in one file.",
     "run": "Generate text, or chat, with a GGUF model.",
     "inspect": "Show what a GGUF file holds.",
     "doctor": "Show what this machine offers and what phiquant makes of it.",

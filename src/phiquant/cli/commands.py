@@ -8,13 +8,29 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-__all__ = ["convert", "doctor", "imatrix", "inspect", "quantize", "run"]
+__all__ = ["convert", "doctor", "imatrix", "inspect", "merge", "quantize", "run", "split"]
 
 Threads = Annotated[
     int, Option("--threads", "-t", metavar="N", min=0, help="Processor threads; 0: all that the process may use.")
 ]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 KeepNan = Annotated[bool, Option("--keep-nan", help="Accept NaN and infinity in weights instead of refusing them.")]
+SplitMaxTensors = Annotated[
+    int | None,
+    Option("--split-max-tensors", metavar="N", help="Write parts of at most N tensors: PREFIX-00001-of-0000M.gguf."),
+]
+SplitMaxSize = Annotated[
+    str | None,
+    Option("--split-max-size", metavar="N(M|G)", help="Write parts with at most so many bytes of tensors."),
+]
+NoTensorFirstSplit = Annotated[bool, Option("--no-tensor-first-split", help="Put metadata only into the first part.")]
+Resume = Annotated[
+    bool,
+    Option("--resume", help="Keep what is done if interrupted, and continue what an interrupted run with it left."),
+]
+MaxMemory = Annotated[
+    str | None, Option("--max-memory", metavar="SIZE", help="Memory to stay within, such as 500M; 1.5G by default.")
+]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 
 
@@ -117,14 +133,31 @@ def convert(
     ] = "auto",
     threads: Threads = 0,
     keep_nan: KeepNan = False,
+    split_max_tensors: SplitMaxTensors = None,
+    split_max_size: SplitMaxSize = None,
+    no_tensor_first_split: NoTensorFirstSplit = False,
+    resume: Resume = False,
+    max_memory: MaxMemory = None,
     quiet: Quiet = False,
 ) -> int:
     """Convert a Hugging Face checkpoint to GGUF."""
     from . import convert as body
     from .notices import Notices
+    from .sizes import parse_size
+    from .split import division_of
 
     with Notices(quiet=quiet).compiling():
-        return body.convert(model, outfile, outtype, threads=threads, keep_nan=keep_nan, quiet=quiet)
+        return body.convert(
+            model,
+            outfile,
+            outtype,
+            threads=threads,
+            keep_nan=keep_nan,
+            division=division_of(split_max_tensors, split_max_size, no_tensor_first_split),
+            resume=resume,
+            max_memory=None if max_memory is None else parse_size("--max-memory", max_memory),
+            quiet=quiet,
+        )
 
 
 def quantize(
@@ -191,12 +224,20 @@ def quantize(
         Option("--override-kv", metavar="KEY=TYPE:VALUE", help="Change or add metadata: int, float, bool or str."),
     ] = None,
     keep_nan: KeepNan = False,
+    keep_split: Annotated[bool, Option("--keep-split", help="Write parts as the source has them.")] = False,
+    split_max_tensors: SplitMaxTensors = None,
+    split_max_size: SplitMaxSize = None,
+    no_tensor_first_split: NoTensorFirstSplit = False,
+    resume: Resume = False,
+    max_memory: MaxMemory = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and the file's size; write nothing.")] = False,
     quiet: Quiet = False,
 ) -> int:
     """Quantize a GGUF file, a checkpoint or a repository, in one step."""
     from . import quantize as body
     from .notices import Notices
+    from .sizes import parse_size
+    from .split import division_of
 
     options = body.QuantizeOptions(
         pure=pure,
@@ -213,6 +254,10 @@ def quantize(
         allow_requantize=allow_requantize,
         override_kv=override_kv or [],
         keep_nan=keep_nan,
+        division=division_of(split_max_tensors, split_max_size, no_tensor_first_split),
+        keep_split=keep_split,
+        resume=resume,
+        max_memory=None if max_memory is None else parse_size("--max-memory", max_memory),
         dry_run=dry_run,
         quiet=quiet,
     )
@@ -280,6 +325,41 @@ def imatrix(
         quiet=quiet,
     )
     return body.imatrix(options)
+
+
+def split(
+    file: Annotated[Path, Argument(metavar="IN", help="A GGUF file, or the first part of a split model.")],
+    prefix: Annotated[
+        Path, Argument(metavar="OUT-PREFIX", help="What the names of the parts begin with: PREFIX-00001-of-0000M.gguf.")
+    ],
+    split_max_tensors: Annotated[
+        int | None, Option("--split-max-tensors", metavar="N", help="Tensors in each part, at most; 128 by default.")
+    ] = None,
+    split_max_size: Annotated[
+        str | None,
+        Option("--split-max-size", metavar="N(M|G)", help="Bytes of tensors in each part, at most, instead."),
+    ] = None,
+    no_tensor_first_split: NoTensorFirstSplit = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the parts and their sizes; write nothing.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Divide a GGUF file into parts, as llama-gguf-split --split does."""
+    from . import split as body
+
+    division = body.division_of(split_max_tensors, split_max_size, no_tensor_first_split)
+    return body.split(file, prefix, division, dry_run=dry_run, quiet=quiet)
+
+
+def merge(
+    first: Annotated[Path, Argument(metavar="FIRST-PART", help="The first part, NAME-00001-of-0000M.gguf.")],
+    outfile: Annotated[Path, Argument(metavar="OUT", help="The file to write; it must not exist.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the file's size; write nothing.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Join the parts of a split model in one file, as llama-gguf-split --merge does."""
+    from . import split as body
+
+    return body.merge(first, outfile, dry_run=dry_run, quiet=quiet)
 
 
 def inspect(file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file.")], as_json: Json = False) -> None:

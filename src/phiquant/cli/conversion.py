@@ -18,7 +18,7 @@ from rich.table import Table
 
 from phiquant.convert import Plan, Report
 
-__all__ = ["ConversionBar", "print_plan", "print_report"]
+__all__ = ["ConversionBar", "print_parts", "print_plan", "print_report"]
 
 _UNSEEN_WIDTH = 160  # columns when the output goes to a file or a pipe
 
@@ -49,13 +49,17 @@ class ConversionBar:
         if not self._quiet:
             for note in plan.notes:
                 self._console.print(f"note: {note}", markup=False, soft_wrap=True)
-        total = sum(tensor.rows * tensor.source.row_bytes(tensor.shape[-1]) for tensor in plan.tensors)
-        self._task = self._bar.add_task(plan.path.name, total=total)
+        self._task = self._bar.add_task(plan.path.name, total=plan.source_bytes)
 
     def advanced(self, source_bytes: int, tensor: str) -> None:
         """Move the bar."""
         if self._task is not None:
             self._bar.update(self._task, advance=source_bytes, description=tensor)
+
+    def resumed(self, source_bytes: int) -> None:
+        """Rate and time left count from here: what was done earlier took no time now."""
+        if self._task is not None:
+            self._bar.reset(self._task, completed=source_bytes)
 
     def __enter__(self) -> "ConversionBar":
         self._bar.start()
@@ -70,7 +74,15 @@ class ConversionBar:
 def print_report(report: Report) -> None:
     """One line on stdout: the file, its size, bits per weight, seconds."""
     plan = report.plan
+    if len(plan.part_sizes) > 1:
+        print_parts(plan)
     print(f"{plan.path}: {_size(plan.size)}, {_described(plan)}, {report.seconds:.1f} s")
+
+
+def print_parts(plan: Plan) -> None:
+    """A line on stdout for each file: its name, tensors, exact bytes."""
+    for part in plan.parts:
+        print(f"{part.path}: {len(part.tensors)} tensors, {part.size:,} bytes")
 
 
 def print_plan(plan: Plan) -> None:
@@ -88,6 +100,8 @@ def print_plan(plan: Plan) -> None:
     Console(highlight=False, width=width).print(table)
     for note in plan.notes:
         print(f"note: {note}")
+    if plan.part_sizes:
+        print_parts(plan)
     print(f"{plan.path} would have {plan.size:,} bytes ({_size(plan.size)}), {_described(plan)}")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from phiquant.cli.conversion import ConversionBar, print_report
 from phiquant.convert import convert as convert_checkpoint
+from phiquant.convert.parts import WHOLE, Division
 
 __all__ = ["convert"]
 
@@ -15,12 +16,24 @@ def convert(
     *,
     threads: int = 0,
     keep_nan: bool = False,
+    division: Division = WHOLE,
+    resume: bool = False,
+    max_memory: int | None = None,
     quiet: bool = False,
 ) -> int:
     """Convert `model` (a directory or owner/name[@revision]); `threads` 0: one for each core."""
     with ConversionBar(quiet=quiet) as bar:
         report = convert_checkpoint(
-            model, outfile, outtype, threads=threads, keep_nan=keep_nan, progress=bar, quiet=quiet
+            model,
+            outfile,
+            outtype,
+            threads=threads,
+            keep_nan=keep_nan,
+            division=division,
+            resume=resume,
+            max_memory=max_memory,
+            progress=bar,
+            quiet=quiet,
         )
     if not quiet:
         print_report(report)

@@ -7,6 +7,7 @@ from pathlib import Path
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
 from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
 from phiquant.convert.overrides import parse_override
+from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
 from phiquant.convert.plan import plan_quantize
 from phiquant.convert.prune import parse_layers
 from phiquant.convert.run import execute
@@ -45,6 +46,10 @@ class QuantizeOptions:
     allow_requantize: bool = False
     override_kv: Sequence[str] = ()
     keep_nan: bool = False
+    division: Division = WHOLE
+    keep_split: bool = False
+    resume: bool = False
+    max_memory: int | None = None
     dry_run: bool = False
     quiet: bool = False
 
@@ -77,11 +82,19 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None) -
             prune=prune,
             dry_run=options.dry_run,
         )
+        plan = keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
         if options.dry_run:
             print_plan(plan)
             return 0
         with ConversionBar(quiet=options.quiet) as bar:
-            report = execute(plan, threads=parsed.threads, keep_nan=options.keep_nan, progress=bar)
+            report = execute(
+                plan,
+                threads=parsed.threads,
+                keep_nan=options.keep_nan,
+                resume=options.resume,
+                max_memory=options.max_memory,
+                progress=bar,
+            )
     if not options.quiet:
         print_report(report)
     return 0

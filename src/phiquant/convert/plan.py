@@ -5,8 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from phiquant import quants
-from phiquant.convert.entries import Entry
+from phiquant.convert.entries import Entry, string
 from phiquant.convert.filetypes import Target, parse_file_type
 from phiquant.convert.overrides import apply_overrides
 from phiquant.convert.prune import Pruning
@@ -22,9 +25,11 @@ from phiquant.convert.recipes import (
 from phiquant.convert.source import CheckpointSource, GGUFSource, Source, model_of
 from phiquant.convert.weighing import Importance, importance_entries, missing_importance, weigh
 from phiquant.errors import UnsupportedError, WeightsError
-from phiquant.gguf import FileType, GGMLType, ValueType
+from phiquant.gguf import FileType, GGMLType, ValueType, keys
+from phiquant.gguf.checksum import DIGITS
+from phiquant.gguf.split import part_path, split_name
 
-__all__ = ["Plan", "plan_convert", "plan_quantize"]
+__all__ = ["Part", "Plan", "checksum_entries", "padded", "plan_convert", "plan_quantize"]
 
 _ALIGNMENT = 32
 _CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -43,9 +48,35 @@ _SCALAR_BYTES = {
 }
 
 
+_CHECKSUM_KEYS = (keys.CHECKSUM, keys.TENSOR_CHECKSUMS)
+_SPLIT_KEYS = (keys.SPLIT_NO, keys.SPLIT_TENSORS_COUNT, keys.SPLIT_COUNT)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of an output."""
+
+    path: Path
+    tensors: Sequence[PlannedTensor]
+    entries: Sequence[Entry]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file: header, tensors, padding."""
+        header = 24 + sum(_entry_bytes(entry) for entry in self.entries)
+        header += sum(24 + len(t.name.encode()) + 8 * len(t.shape) for t in self.tensors)
+        if not self.tensors:
+            return header
+        return padded(header) + sum(padded(tensor.nbytes) for tensor in self.tensors)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """An output file in every detail; `tensors` in the file's order."""
+    """An output in every detail; `tensors` in the file's order.
+
+    `part_sizes`: how many tensors each part of a split output holds, and `path` is the first part; `copied`: tensors
+    and metadata are the source's, to the byte; `remarks`: what the user should know.
+    """
 
     source: Source
     target: Target
@@ -53,13 +84,43 @@ class Plan:
     tensors: Sequence[PlannedTensor]
     entries: Sequence[Entry]
     remarks: Sequence[str] = ()
+    part_sizes: tuple[int, ...] = ()
+    copied: bool = False
+
+    @property
+    def parts(self) -> list[Part]:
+        """The files to be written; the checksum is not known yet, and as long as it will be."""
+        if self.copied:
+            entries = list(self.entries)
+        else:
+            ours = (*_CHECKSUM_KEYS, *_SPLIT_KEYS)
+            entries = [entry for entry in self.entries if entry.key not in ours]
+            entries += checksum_entries("0" * DIGITS, np.zeros(len(self.tensors), np.uint64))
+        if not self.part_sizes:
+            return [Part(self.path, self.tensors, entries)]
+        named = split_name(self.path)
+        assert named is not None
+        parts, first, count = [], 0, len(self.part_sizes)
+        for index, size in enumerate(self.part_sizes):
+            split = [
+                Entry(keys.SPLIT_NO, ValueType.UINT16, index),
+                Entry(keys.SPLIT_TENSORS_COUNT, ValueType.INT32, len(self.tensors)),
+                Entry(keys.SPLIT_COUNT, ValueType.UINT16, count),
+            ]
+            path = part_path(named[0], index, count)
+            parts.append(Part(path, self.tensors[first : first + size], split if index else [*entries, *split]))
+            first += size
+        return parts
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file: header, tensors, padding."""
-        header = 24 + sum(_entry_bytes(entry) for entry in self.entries)
-        header += sum(24 + len(t.name.encode()) + 8 * len(t.shape) for t in self.tensors)
-        return _padded(header) + sum(_padded(tensor.nbytes) for tensor in self.tensors)
+        """Bytes of all files."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source's tensors that are read."""
+        return sum(tensor.source_bytes for tensor in self.tensors)
 
     @property
     def bits_per_weight(self) -> float:
@@ -75,6 +136,11 @@ class Plan:
     def inventory(self) -> dict[GGMLType, int]:
         """How many tensors have each type, most frequent first."""
         return dict(Counter(tensor.type for tensor in self.tensors).most_common())
+
+
+def checksum_entries(text: str, parts: npt.NDArray[np.uint64]) -> list[Entry]:
+    """The two keys of a checksum."""
+    return [string(keys.CHECKSUM, text), Entry(keys.TENSOR_CHECKSUMS, ValueType.ARRAY, parts, ValueType.UINT64)]
 
 
 def plan_convert(source: CheckpointSource, outtype: str, path: Path | None) -> Plan:
@@ -186,7 +252,8 @@ def _output(source: Source, target: Target, path: Path | None) -> Path:
     return folder / f"{name}-{target.name}.gguf"
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
+    """Bytes with the zeros that follow a tensor."""
     return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -108,6 +108,11 @@ class PlannedTensor:
         """The name of the tensor in the source."""
         return self.origin or self.name
 
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the tensor in the source."""
+        return self.rows * self.source.row_bytes(self.shape[-1])
+
 
 def plan_conversion(tensors: Iterable[Tensor], default: GGMLType) -> list[PlannedTensor]:
     """llama.cpp's converter: vectors, norms and non-weights in F32, the rest in `default` or, failing that, F16."""

@@ -1,14 +1,14 @@
-"""The streaming run: rows are read, converted and written in chunks by a few threads, whatever the size of the model.
+"""The streaming run: rows are read, converted and written in pieces by a few threads, whatever the size of the model.
 
-A thread holds one chunk of the source and its conversion at a time, so memory is bounded by a constant. The output gets
+A thread holds one piece of the source and its conversion at a time, so memory is bounded by a constant. The output gets
 its name only when every byte is written.
 """
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
@@ -19,17 +19,20 @@ import numpy.typing as npt
 from phiquant.convert import hub
 from phiquant.convert.entries import Entry
 from phiquant.convert.filetypes import Target, parse_file_type
+from phiquant.convert.memory import bounded_threads
+from phiquant.convert.output import Output
+from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
 from phiquant.convert.plan import Plan, plan_convert, plan_quantize
 from phiquant.convert.recipes import Options, PlannedTensor
 from phiquant.convert.rows import convert_rows, first_bad_row
 from phiquant.convert.source import CheckpointSource, open_source
 from phiquant.convert.weighing import Importance
 from phiquant.errors import RequestError, WeightsError
-from phiquant.gguf import GGUFWriter
+from phiquant.gguf.checksum import Piece, pieces
 
 __all__ = ["Progress", "Report", "convert", "execute", "quantize"]
 
-_CHUNK_BYTES = 2 << 20  # of the source, at least one row: stays in the second-level cache with its conversion
+_Bytes = npt.NDArray[np.uint8]
 _MAX_THREADS = 512
 
 
@@ -42,6 +45,9 @@ class Progress(Protocol):
     def advanced(self, source_bytes: int, tensor: str) -> None:
         """So many more bytes of the source, of that tensor, are done."""
 
+    def resumed(self, source_bytes: int) -> None:
+        """So many bytes of the source need not be done again; only called where an earlier run is continued."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -51,23 +57,6 @@ class Report:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    tensor: PlannedTensor
-    row: int
-    rows: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows, self.tensor.shape[-1]
-
-    @property
-    def importance(self) -> npt.NDArray[np.float32] | None:
-        """Of the matrix that the rows are in."""
-        importance = self.tensor.importance
-        return None if importance is None else importance[self.row // self.tensor.matrix_rows]
-
-
 def convert(
     model: str | Path,
     outfile: str | Path | None = None,
@@ -75,12 +64,16 @@ def convert(
     *,
     threads: int | None = None,
     keep_nan: bool = False,
+    division: Division = WHOLE,
+    resume: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
     quiet: bool = False,
 ) -> Report:
     """Convert a Hugging Face checkpoint (directory or repository id) to GGUF.
 
-    `outtype`: auto (as stored), f32, f16, bf16, q8_0, or any file type of `quantize`. Errors: CheckpointError,
+    `outtype`: auto (as stored), f32, f16, bf16, q8_0, or any file type of `quantize`. `division`: into parts of a split
+    model. The other arguments are those of `execute`. Errors: CheckpointError,
     ArchitectureError, WeightsError (NaN or infinity without `keep_nan`), OutputError, RequestError.
     """
     path = hub.local(model)
@@ -91,8 +84,10 @@ def convert(
     with open_source(model, quiet=quiet) as source:
         if not isinstance(source, CheckpointSource):
             raise RequestError(f"{model} is a GGUF file already; use `quantize` to change its type.")
-        plan = plan_convert(source, outtype, Path(outfile) if outfile is not None else None)
-        return execute(plan, threads=threads, keep_nan=keep_nan, progress=progress)
+        plan = in_parts(plan_convert(source, outtype, Path(outfile) if outfile is not None else None), division)
+        return execute(
+            plan, threads=threads, keep_nan=keep_nan, resume=resume, max_memory=max_memory, progress=progress
+        )
 
 
 def quantize(
@@ -107,12 +102,18 @@ def quantize(
     prune: Sequence[int] = (),
     threads: int | None = None,
     keep_nan: bool = False,
+    division: Division = WHOLE,
+    keep_split: bool = False,
+    resume: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
     quiet: bool = False,
 ) -> Report:
     """Quantize a GGUF file, a checkpoint or a repository in one step; `outfile` None: a name with the type in it.
 
     `importance` weighs the columns of the weights, `prune` are layers to leave out; errors as `plan_quantize`.
+    `division`, or with `keep_split` the source's own: into parts of a split model. The last arguments are those of
+    `execute`.
     """
     target = filetype if isinstance(filetype, Target) else parse_file_type(filetype)
     with open_source(model, quiet=quiet) as source:
@@ -126,39 +127,62 @@ def quantize(
             importance=importance,
             prune=prune,
         )
-        return execute(plan, threads=threads, keep_nan=keep_nan, progress=progress)
+        plan = keep_parts(plan, division) if keep_split else in_parts(plan, division)
+        return execute(
+            plan, threads=threads, keep_nan=keep_nan, resume=resume, max_memory=max_memory, progress=progress
+        )
 
 
 def execute(
-    plan: Plan, *, threads: int | None = None, keep_nan: bool = False, progress: Progress | None = None
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    keep_nan: bool = False,
+    resume: bool = False,
+    max_memory: int | None = None,
+    overwrite: bool = True,
+    progress: Progress | None = None,
 ) -> Report:
-    """Carry out a plan whose source is open. `threads`: None or 0 takes one for each core."""
+    """Carry out a plan whose source is open.
+
+    `threads`: None or 0 takes one for each core. `keep_nan`: NaN and infinity in weights are no error. `resume`: keep
+    what is done when the run is interrupted, and continue what such a run left; the result is the same to the byte.
+    `max_memory`: bytes of resident memory at most, None for `memory.DEFAULT_LIMIT`.
+    """
     count = threads or os.cpu_count() or 1
     if not 0 < count <= _MAX_THREADS:
         raise RequestError(f"{count} threads were asked for; 1 to {_MAX_THREADS} are possible.")
+    count = bounded_threads(count, plan.tensors, max_memory)
     started = perf_counter()
-    with GGUFWriter(plan.path, protect=plan.source.files) as writer:
-        for entry in plan.entries:
-            writer.add(entry.key, entry.value, entry.type, entry.item_type)
-        for tensor in plan.tensors:
-            writer.add_tensor(tensor.name, tensor.shape, tensor.type)
-        writer.begin()
+    with Output(plan, overwrite=overwrite, resume=resume, keep_nan=keep_nan) as output:
+        output.begin()
         if progress is not None:
             progress.planned(plan)
-        _Run(plan, writer, keep_nan, progress).join(count)
-        writer.commit()
+        adopted = output.adopt(lambda tensor: _advance(progress, tensor))
+        if adopted and progress is not None:
+            progress.resumed(sum(t.source_bytes for t in plan.tensors if t.name in adopted))
+        _Run(plan, output, adopted, keep_nan or plan.copied, progress).join(count)
+        output.commit()
+    plan = replace(plan, remarks=[*plan.remarks, *output.remarks])
     return Report(plan, perf_counter() - started)
 
 
-class _Run:
-    """Threads that take chunks from one list until it is empty or something fails."""
+def _advance(progress: Progress | None, tensor: PlannedTensor) -> None:
+    if progress is not None:
+        progress.advanced(tensor.source_bytes, tensor.name)
 
-    def __init__(self, plan: Plan, writer: GGUFWriter, keep_nan: bool, progress: Progress | None) -> None:
+
+class _Run:
+    """Threads that take pieces of tensors from one list until it is empty or something fails."""
+
+    def __init__(
+        self, plan: Plan, output: Output, done: Container[str], keep_nan: bool, progress: Progress | None
+    ) -> None:
         self._source = plan.source
-        self._writer = writer
+        self._output = output
         self._keep_nan = keep_nan
         self._progress = progress
-        self._chunks = _chunks(plan.tensors)
+        self._pieces = ((t, piece) for t in plan.tensors if t.name not in done for piece in pieces(t.shape))
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -177,54 +201,61 @@ class _Run:
         buffer = np.empty(0, np.uint8)
         while not self._stop.is_set():
             with self._lock:
-                chunk = next(self._chunks, None)
-            if chunk is None:
+                tensor, piece = next(self._pieces, (None, None))
+            if tensor is None or piece is None:
                 return
-            tensor = chunk.tensor
-            row_bytes = tensor.source.row_bytes(tensor.shape[-1])
-            size = chunk.rows * row_bytes
+            size = piece.nbytes(tensor.source)
             if buffer.size < size:
                 buffer = np.empty(size, np.uint8)
             data = buffer[:size]
-            self._source.read_into(tensor.source_name, chunk.row * row_bytes, data)
-            try:
-                converted = convert_rows(
-                    data,
-                    tensor.source,
-                    tensor.type,
-                    *chunk.shape,
-                    importance=chunk.importance,
-                    keep_nan=self._keep_nan,
-                )
-            except WeightsError as error:
-                raise _blamed(chunk, data) from error
-            self._writer.write(tensor.name, converted, chunk.row * tensor.type.row_bytes(tensor.shape[-1]))
+            self._source.read_into(tensor.source_name, piece.start(tensor.source, tensor.shape[-1]), data)
+            self._output.write(tensor, piece, self._converted(tensor, piece, data))
             if self._progress is not None:
                 with self._lock:
                     self._progress.advanced(size, tensor.name)
 
+    def _converted(self, tensor: PlannedTensor, piece: Piece, data: _Bytes) -> _Bytes:
+        try:
+            if tensor.importance is None:
+                return convert_rows(
+                    data, tensor.source, tensor.type, piece.rows, piece.columns, keep_nan=self._keep_nan
+                )
+            return np.concatenate([*self._weighed(tensor, piece, data, tensor.importance)])
+        except WeightsError as error:
+            raise _blamed(tensor, piece, data) from error
 
-def _blamed(chunk: _Chunk, data: npt.NDArray[np.uint8]) -> WeightsError:
-    """The sentence that names the tensor and the row for which a chunk was refused."""
-    tensor = chunk.tensor
-    row = first_bad_row(data, tensor.source, chunk.rows)
+    def _weighed(
+        self, tensor: PlannedTensor, piece: Piece, data: _Bytes, importance: npt.NDArray[np.float32]
+    ) -> Iterator[_Bytes]:
+        """The parts of a piece that lie in one matrix each, and so share a row of importance."""
+        row, end = piece.row, piece.row + piece.rows
+        row_bytes = tensor.source.row_bytes(piece.columns)
+        columns = slice(piece.column, piece.column + piece.columns)
+        while row < end:
+            matrix = row // tensor.matrix_rows
+            stop = min(end, (matrix + 1) * tensor.matrix_rows)
+            part = data[(row - piece.row) * row_bytes : (stop - piece.row) * row_bytes]
+            yield convert_rows(
+                part,
+                tensor.source,
+                tensor.type,
+                stop - row,
+                piece.columns,
+                importance=importance[matrix, columns],
+                keep_nan=self._keep_nan,
+            )
+            row = stop
+
+
+def _blamed(tensor: PlannedTensor, piece: Piece, data: _Bytes) -> WeightsError:
+    """The sentence that names the tensor and the row for which a piece was refused."""
+    row = first_bad_row(data, tensor.source, piece.rows)
     if row is not None:
         problem, remedy = "NaN or infinity", "the checkpoint is damaged; download it again"
     else:
-        kept = convert_rows(data, tensor.source, tensor.type, *chunk.shape, keep_nan=True)
-        row = first_bad_row(kept, tensor.type, chunk.rows) or 0
+        kept = convert_rows(data, tensor.source, tensor.type, piece.rows, piece.columns, keep_nan=True)
+        row = first_bad_row(kept, tensor.type, piece.rows) or 0
         problem, remedy = f"values too large for {tensor.type.name}", "choose bf16 or f32"
     return WeightsError(
-        f"Tensor {tensor.name} holds {problem} in row {chunk.row + row}; {remedy}, or pass --keep-nan to go on."
+        f"Tensor {tensor.name} holds {problem} in row {piece.row + row}; {remedy}, or pass --keep-nan to go on."
     )
-
-
-def _chunks(tensors: Iterable[PlannedTensor]) -> Iterator[_Chunk]:
-    """Every row of every tensor, in order, in pieces of about _CHUNK_BYTES of the source, of one matrix each."""
-    for tensor in tensors:
-        if not tensor.nbytes:
-            continue
-        step = max(1, _CHUNK_BYTES // tensor.source.row_bytes(tensor.shape[-1]))
-        for first in range(0, tensor.rows, tensor.matrix_rows):
-            for row in range(first, first + tensor.matrix_rows, step):
-                yield _Chunk(tensor, row, min(step, first + tensor.matrix_rows - row))

@@ -103,6 +103,10 @@ ADDED_TOKENS: Final = "phiquant.tokenizer.added_tokens"
 # An array of uint32: every id with which the checkpoint's generation_config.json ends a reply; GGUF has keys for three.
 END_IDS: Final = "phiquant.tokenizer.eos_token_ids"
 
+# A string and an array of uint64, one for each tensor: `gguf.checksum` says of what.
+CHECKSUM: Final = "phiquant.checksum"
+TENSOR_CHECKSUMS: Final = "phiquant.checksum.tensors"
+
 
 class ArchitectureKeys:
     """The keys that carry an architecture's hyperparameters, each an attribute of its name."""

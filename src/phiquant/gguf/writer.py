@@ -5,14 +5,8 @@ The whole table of tensors is declared first, so every byte's place is known whe
 target's name only in `commit`; until then, and after any error, nothing exists under that name.
 """
 
-import contextlib
-import errno
 import os
-import secrets
-import shutil
-import stat
 import struct
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +16,8 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from phiquant.errors import OutputError
 from phiquant.gguf.header import DTYPES, MAGIC, MAX_DIMENSIONS, MAX_KEY, MAX_STRING, MAX_TENSOR_NAME, SCALARS
+from phiquant.gguf.output import OutputFile
 from phiquant.gguf.types import GGMLType, ValueType
 
 __all__ = ["GGUFWriter"]
@@ -32,7 +26,6 @@ Bytes = bytes | bytearray | memoryview | NDArray[Any]
 
 _VERSION: Final = 3
 _DEFAULT_ALIGNMENT: Final = 32
-_CHUNK: Final = 1 << 30  # one system call writes less than 2 GiB
 
 
 @dataclass(slots=True)
@@ -80,62 +73,24 @@ class GGUFWriter:
         alignment: int = _DEFAULT_ALIGNMENT,
         overwrite: bool = True,
         protect: Iterable[str | os.PathLike[str]] = (),
+        keep: bool = False,
     ) -> None:
         """Take `path` as the target, refusing at once what could never be written.
 
         `alignment` is in bytes, a power of two; one other than 32 is also written as the key `general.alignment`.
         Without `overwrite` an existing target is refused. `protect` lists files that are being read and may not be
-        the target.
+        the target. With `keep` an unfinished file stays behind, and a later writer of the same declarations finds it.
         """
         if alignment <= 0 or alignment & (alignment - 1) or alignment >= 1 << 32:
             raise ValueError(f"the alignment is {alignment} and must be a power of two below 2^32")
         self.path = Path(path)
         self.alignment = alignment
         self.size = 0  # bytes of the whole file, known from `begin` on
-        self._overwrite = overwrite
-        self._target = self._check_target(protect)
+        self._file = OutputFile(self.path, overwrite=overwrite, protect=protect, keep=keep)
         self._pairs: dict[str, bytes] = {}
         self._plans: dict[str, _Plan] = {}
         self._data_end = 0
         self._data_offset = 0
-        self._temporary: Path | None = None
-        self._descriptor = -1
-        self._closed = False
-        self._writing = 0  # threads within `write`
-        self._failed = False
-        self._state = threading.Condition()
-
-    def _check_target(self, protect: Iterable[str | os.PathLike[str]]) -> Path:
-        """The file behind the path (a link stays a link), once nothing is known to stand against writing it."""
-        try:
-            target = self.path.resolve()
-            if target.exists():
-                if not stat.S_ISREG(target.stat().st_mode):
-                    raise OutputError(f"{self.path} exists and is not a file; choose another output path.")
-                if not self._overwrite:
-                    raise OutputError(f"{self.path} exists already; choose another output path or allow overwriting.")
-                for source in protect:
-                    if Path(source).exists() and target.samefile(source):
-                        raise OutputError(f"{self.path} is also an input; choose another output path.")
-            if not target.parent.is_dir():
-                raise OutputError(
-                    f"{self.path} cannot be written: {target.parent} is not a directory; create it first."
-                )
-            if not os.access(target.parent, os.W_OK):
-                raise OutputError(f"{self.path} cannot be written: no permission to write into {target.parent}.")
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # ValueError: a null character; RuntimeError: a loop of links
-            raise self._refused(error) from error
-        return target
-
-    def _refused(self, error: Exception) -> OutputError:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return OutputError(f"{self.path} cannot be written: {error.strerror}; free some space or write elsewhere.")
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        return OutputError(f"{self.path} cannot be written: {reason}.")
 
     def add(self, key: str, value: Any, type: ValueType, item_type: ValueType | None = None) -> None:
         """Append a metadata pair; an array needs its `item_type` and is a sequence or 1-D NumPy array of such items."""
@@ -147,13 +102,7 @@ class GGUFWriter:
             raise ValueError(f"the key {key!r} is added twice")
         if key == "general.alignment" and (type is not ValueType.UINT32 or value != self.alignment):
             raise ValueError(f"general.alignment must be UINT32 {self.alignment}, as the writer was made with")
-        if (type is ValueType.ARRAY) != (item_type is not None):
-            raise ValueError(f"the key {key!r}: an array has an item type, and nothing else has")
-        try:
-            encoded = _encode_array(value, item_type) if item_type is not None else _encode(value, type)
-        except (struct.error, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"the value of {key!r} is not {(item_type or type).name}: {error}") from error
-        self._pairs[key] = _encode_string(name) + struct.pack("<i", type) + encoded
+        self._pairs[key] = _encode_string(name) + _encode_pair(key, value, type, item_type)
 
     def add_tensor(self, name: str, shape: Sequence[int], type: GGMLType) -> None:
         """Declare the file's next tensor: `shape` in NumPy order, the contiguous extent last."""
@@ -176,14 +125,17 @@ class GGUFWriter:
         self._data_end = self._padded(self._data_end + nbytes)
 
     def _declare(self) -> None:
-        if self._descriptor >= 0 or self._closed:
+        if self._file.begun:
             raise ValueError("keys and tensors are declared before begin()")
 
     def _padded(self, count: int) -> int:
         return -(-count // self.alignment) * self.alignment
 
-    def begin(self) -> None:
-        """Create the temporary file at its full size and write the header; OutputError if the disk cannot hold it."""
+    def begin(self, *, fresh: bool = False) -> None:
+        """Create the temporary file at its full size and write the header; OutputError if the disk cannot hold it.
+
+        `fresh`: nothing is used of the file that an earlier writer kept.
+        """
         self._declare()
         if self.alignment != _DEFAULT_ALIGNMENT and "general.alignment" not in self._pairs:
             self.add("general.alignment", self.alignment, ValueType.UINT32)
@@ -191,24 +143,17 @@ class GGUFWriter:
         # As gguf-py and llama.cpp have it: a file without tensors ends with its header, without padding.
         self._data_offset = self._padded(len(header)) if self._plans else len(header)
         self.size = self._data_offset + self._data_end
+        self._file.begin(self.size, fresh=fresh)
         try:
-            free = shutil.disk_usage(self._target.parent).free
-            if self.size > free:
-                raise OutputError(
-                    f"{self.path} needs {_megabytes(self.size)} and {self._target.parent} has {_megabytes(free)} free; "
-                    "free some space or write elsewhere."
-                )
-            self._temporary = self._target.parent / f".phiquant-{secrets.token_hex(8)}.part"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            self._descriptor = os.open(self._temporary, flags, 0o666)
-            os.ftruncate(self._descriptor, self.size)  # all padding is written by this
-            self._put(memoryview(header), 0)
-        except OSError as error:
-            self.abort()
-            raise self._refused(error) from error
+            self._file.put(memoryview(header), 0)
         except BaseException:
             self.abort()
             raise
+
+    @property
+    def kept(self) -> bool:
+        """Whether `begin` found the unfinished file of an earlier writer, whose tensors may be adopted."""
+        return self._file.kept
 
     def _header(self) -> bytes:
         parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(self._plans), len(self._pairs)), *self._pairs.values()]
@@ -229,84 +174,57 @@ class GGUFWriter:
             raise ValueError(f"the tensor {name!r} was not declared")
         if offset < 0 or offset + len(view) > plan.nbytes:
             raise ValueError(f"{len(view)} bytes at {offset} are outside the tensor {name!r} of {plan.nbytes} bytes")
-        with self._state:
-            if self._descriptor < 0 or self._closed:
-                raise ValueError("tensors are written between begin() and commit()")
-            if len(view) and not plan.claim(offset, offset + len(view)):
-                raise ValueError(f"bytes {offset} to {offset + len(view)} of the tensor {name!r} are written twice")
-            self._writing += 1
-        whole = False
-        try:
-            self._put(view, self._data_offset + plan.offset + offset)
-        except OSError as error:
-            raise self._refused(error) from error
-        else:
-            whole = True
-        finally:
-            with self._state:
-                self._writing -= 1
-                self._failed |= not whole  # the bytes count as written and are not
-                self._state.notify_all()
+        declared = plan
 
-    def _put(self, view: memoryview, at: int) -> None:
-        while view:
-            if hasattr(os, "pwrite"):
-                count = os.pwrite(self._descriptor, view[:_CHUNK], at)
-            else:  # Windows has no positioned write, so the position is shared
-                with self._state:
-                    os.lseek(self._descriptor, at, os.SEEK_SET)
-                    count = os.write(self._descriptor, view[:_CHUNK])
-            view = view[count:]
-            at += count
+        def claim() -> None:
+            if len(view) and not declared.claim(offset, offset + len(view)):
+                raise ValueError(f"bytes {offset} to {offset + len(view)} of the tensor {name!r} are written twice")
+
+        self._file.put(view, self._data_offset + plan.offset + offset, claim)
+
+    def replace(self, key: str, value: Any, type: ValueType, item_type: ValueType | None = None) -> None:
+        """Write another value of a key over the one in the header, between `begin` and `commit`; as long as that."""
+        before = self._pairs[key]
+        encoded = _encode_string(key.encode()) + _encode_pair(key, value, type, item_type)
+        if len(encoded) != len(before):
+            raise ValueError(f"the new value of {key!r} is longer or shorter than the old one")
+        at = 24
+        for other, pair in self._pairs.items():
+            if other == key:
+                break
+            at += len(pair)
+        self._file.put(memoryview(encoded), at)
+        self._pairs[key] = encoded
+
+    def read_into(self, name: str, offset: int, target: NDArray[np.uint8]) -> bool:
+        """Fill `target` with what a kept file has of a tensor; False if it cannot be read."""
+        return self._file.get(target, self._data_offset + self._plans[name].offset + offset)
+
+    def adopt(self, name: str) -> None:
+        """Count a tensor of a kept file as written; the caller knows that its bytes are right."""
+        plan = self._plans[name]
+        if plan.nbytes and not plan.claim(0, plan.nbytes):
+            raise ValueError(f"the tensor {name!r} is written already")
+
+    def sync(self) -> None:
+        """Wait until the disk has all that was written so far."""
+        self._file.sync()
 
     def commit(self) -> None:
         """Give the finished file its name; ValueError, and nothing is left, if a byte of a tensor is missing."""
-        with self._state:
-            if self._descriptor < 0 or self._closed or self._temporary is None:
-                raise ValueError("commit() comes once, after begin()")
-            missing = [name for name, plan in self._plans.items() if not plan.complete]
-            writing = self._writing
-        if missing or writing or self._failed:
+        file = self._file
+        if not file.unfinished:
+            raise ValueError("commit() comes once, after begin()")
+        missing = [name for name, plan in self._plans.items() if not plan.complete]
+        if missing or file.writing or file.failed:
             self.abort()
             reason = f"{len(missing)} tensors are incomplete ({missing[:3]})" if missing else "a write is under way"
-            raise ValueError(f"{self.path} is not committed: {'a write failed' if self._failed else reason}")
-        try:
-            self._close_descriptor()
-            if not self._overwrite and self._target.exists():
-                raise OutputError(f"{self.path} exists already; choose another output path or allow overwriting.")
-            self._temporary.replace(self._target)
-            self._temporary = None
-            self._closed = True
-        except OSError as error:
-            raise self._refused(error) from error
-        finally:
-            self.abort()
+            raise ValueError(f"{self.path} is not committed: {'a write failed' if file.failed else reason}")
+        file.commit()
 
-    def abort(self) -> None:
-        """Remove what was written; harmless after `commit` and when called again."""
-        with self._state:
-            self._closed = True
-        temporary, self._temporary = self._temporary, None
-        if temporary is not None:
-            # First the name, so that a second Ctrl-C while waiting leaves nothing behind; where a file in use keeps its
-            # name (Windows), it goes after it is closed.
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        try:
-            self._close_descriptor()
-        finally:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-
-    def _close_descriptor(self) -> None:
-        """Close the file once no thread writes: a number closed earlier could be another file's by then."""
-        with self._state:
-            while self._writing:
-                self._state.wait()
-            descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+    def abort(self, *, discard: bool = False) -> None:
+        """Remove what was written (with `keep`: only if `discard`); harmless after `commit` and when called again."""
+        self._file.abort(discard=discard)
 
     def __enter__(self) -> Self:
         return self
@@ -314,7 +232,7 @@ class GGUFWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unfinished = self._temporary is not None
+        unfinished = self._file.unfinished
         self.abort()
         if unfinished and error is None:
             raise ValueError(f"{self.path} was begun and not committed, so it was removed")
@@ -336,6 +254,17 @@ def _encode_string(text: bytes) -> bytes:
     if len(text) > MAX_STRING:
         raise ValueError(f"it is {len(text)} bytes long, and GGUF readers refuse more than {MAX_STRING}")
     return struct.pack("<Q", len(text)) + text
+
+
+def _encode_pair(key: str, value: Any, type: ValueType, item_type: ValueType | None) -> bytes:
+    """Type and value, as they follow a key."""
+    if (type is ValueType.ARRAY) != (item_type is not None):
+        raise ValueError(f"the key {key!r}: an array has an item type, and nothing else has")
+    try:
+        encoded = _encode_array(value, item_type) if item_type is not None else _encode(value, type)
+    except (struct.error, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"the value of {key!r} is not {(item_type or type).name}: {error}") from error
+    return struct.pack("<i", type) + encoded
 
 
 def _encode(value: Any, type: ValueType) -> bytes:
@@ -371,7 +300,3 @@ def _encode_array(value: Any, item_type: ValueType) -> bytes:
     if not exact or (dtype.kind in "iu" and not np.array_equal(packed, source)):
         raise ValueError(f"its items are {source.dtype} or out of range")
     return head + packed.tobytes()
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,138 @@
+"""What a run writes: one file or several parts, summed up as they are written, and continued where a run ended."""
+
+import contextlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from phiquant.convert.journal import Journal, fingerprint
+from phiquant.convert.plan import Plan, checksum_entries
+from phiquant.convert.recipes import PlannedTensor
+from phiquant.errors import GGUFError, WeightsError
+from phiquant.gguf import GGUFWriter, keys
+from phiquant.gguf.checksum import Checksum, Piece, Summed, pieces
+from phiquant.gguf.output import check_space
+
+__all__ = ["Output"]
+
+
+class Output:
+    """The files of a plan, written piece by piece from any thread: `begin`, `adopt`, `write`, `commit`.
+
+    A context manager: left early, it removes what it wrote; with `resume` it leaves it for a later run, unless weights
+    were refused.
+    """
+
+    def __init__(self, plan: Plan, *, overwrite: bool = True, resume: bool = False, keep_nan: bool = False) -> None:
+        """Declare everything; OutputError if a file could never be written."""
+        self._plan = plan
+        self._parts = plan.parts
+        self._checksum = Checksum([Summed(t.name, t.shape, t.type) for t in plan.tensors])
+        self._files: list[GGUFWriter] = []
+        self._holders: dict[str, GGUFWriter] = {}
+        self.remarks: list[str] = []
+        for part in self._parts:
+            writer = GGUFWriter(part.path, protect=plan.source.files, overwrite=overwrite, keep=resume)
+            self._files.append(writer)
+            for entry in part.entries:
+                writer.add(entry.key, entry.value, entry.type, entry.item_type)
+            for tensor in part.tensors:
+                writer.add_tensor(tensor.name, tensor.shape, tensor.type)
+                self._holders[tensor.name] = writer
+        self._journal: Journal | None = None
+        self._claimed: dict[str, bytes] = {}
+        if resume:
+            self._journal = Journal(self._files[0].path.resolve(), fingerprint(plan, keep_nan=keep_nan), self._sync)
+
+    def begin(self) -> None:
+        """Create the files, or find those of an earlier run; OutputError if the disk cannot hold them."""
+        if len(self._files) > 1 and self._journal is None:
+            check_space(self._plan.path, self._plan.size)
+        done = self._journal.read() if self._journal is not None else {}
+        for writer in self._files:
+            writer.begin(fresh=not done)
+        if self._journal is not None:
+            self._journal.begin()
+            self._claimed = {name: digest for name, digest in done.items() if name in self._holders}
+            if self._journal.found:
+                self.remarks.append("an unfinished run had another source or other options, so this one starts anew")
+
+    def adopt(self, advanced: Callable[[PlannedTensor], None] = lambda tensor: None) -> set[str]:
+        """The names of the tensors that are complete from an earlier run, each read again to be sure of it."""
+        adopted: set[str] = set()
+        buffer = np.empty(0, np.uint8)
+        for tensor in self._plan.tensors:
+            claimed = self._claimed.get(tensor.name)
+            writer = self._holders[tensor.name]
+            if claimed is None or not writer.kept:
+                continue
+            found = None
+            for piece in pieces(tensor.shape):
+                size = piece.nbytes(tensor.type)
+                if buffer.size < size:
+                    buffer = np.empty(size, np.uint8)
+                if not writer.read_into(tensor.name, piece.start(tensor.type, tensor.shape[-1]), buffer[:size]):
+                    break
+                found = self._checksum.add(tensor.name, piece, buffer[:size])
+            if found == claimed:
+                writer.adopt(tensor.name)
+                adopted.add(tensor.name)
+                advanced(tensor)
+        if adopted:
+            self.remarks.append(f"{len(adopted)} of {len(self._plan.tensors)} tensors are done by an earlier run")
+        return adopted
+
+    def write(self, tensor: PlannedTensor, piece: Piece, data: npt.NDArray[np.uint8]) -> None:
+        """Write a piece of a tensor, in the tensor's type."""
+        self._holders[tensor.name].write(tensor.name, data, piece.start(tensor.type, tensor.shape[-1]))
+        whole = self._checksum.add(tensor.name, piece, data)
+        if whole is not None and self._journal is not None:
+            self._journal.note(tensor.name, whole)
+
+    def _sync(self) -> None:
+        for writer in self._files:
+            writer.sync()
+
+    def commit(self) -> None:
+        """Record the checksum and give the files their names, the first part last.
+
+        GGUFError if tensors were copied and are not what the source's own checksum was made of.
+        """
+        text, parts = self._checksum.text(), self._checksum.parts()
+        if self._plan.copied:
+            self._compare(text)
+        else:
+            for entry in checksum_entries(text, parts):
+                self._files[0].replace(entry.key, entry.value, entry.type, entry.item_type)
+        for writer in reversed(self._files):
+            writer.commit()
+        if self._journal is not None:
+            self._journal.remove()
+
+    def _compare(self, text: str) -> None:
+        recorded = next((entry.value for entry in self._plan.entries if entry.key == keys.CHECKSUM), None)
+        if not isinstance(recorded, str):
+            return
+        table, _, data = recorded.removeprefix("sha256:").partition(":")
+        own_table, _, own_data = text.removeprefix("sha256:").partition(":")
+        if table == own_table and data != own_data:
+            raise GGUFError(
+                f"{self._plan.source.files[0]} is damaged: its tensors are not those its checksum was made of; "
+                "`phiquant verify` names them, so fetch it again."
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        discard = isinstance(error, WeightsError | GGUFError)
+        if self._journal is not None:
+            self._journal.remove() if discard else self._journal.close()
+        with contextlib.ExitStack() as stack:
+            for writer in self._files:
+                stack.callback(writer.abort, discard=discard)
