@@ -28,6 +28,8 @@ EXPLAINED = {
     "phiquant.tokenizer.added_tokens": "our own",
     "phiquant.tokenizer.eos_token_ids": "our own",
     "phiquant.version": "our own",
+    "phiquant.checksum": "our own",
+    "phiquant.checksum.tensors": "our own",
 }
 CARD = """---
 license: mit
