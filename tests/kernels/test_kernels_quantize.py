@@ -116,21 +116,19 @@ def test_every_lowering_gives_the_same_bytes(type, lowering, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     importance = needed(type, 768)
-    readable = type in DEQUANTIZABLE or not type.is_quantized
     try:
         found = quantize_rows(x, GGMLType.F32, type, importance)
         from_half = quantize_rows(half, GGMLType.F16, type, importance)
-        back = dequantize_rows(found, type, 5, 768) if readable else None
+        back = dequantize_rows(found, type, 5, 768)
     finally:
         for cache in caches:
             cache.cache_clear()
-    assert len(compiled) == 2 + readable, "the kernels under test must be the forced ones"
+    assert len(compiled) == 3, "the kernels under test must be the forced ones"
     expected = quants.quantize(x, type, importance)
     assert np.array_equal(found, expected)
     wide = quants.dequantize(half, GGMLType.F16, x.shape)
     assert np.array_equal(from_half, quants.quantize(wide, type, importance))
-    if readable:
-        assert np.array_equal(back, quants.dequantize(expected, type, x.shape))
+    assert np.array_equal(back, quants.dequantize(expected, type, x.shape))
 
 
 @pytest.mark.parametrize("type", [GGMLType.Q4_0, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.NVFP4])
@@ -210,11 +208,28 @@ def test_values_too_large_for_the_scales_are_refused(type):
     assert quantize_rows(x, GGMLType.F32, type, needed(type, 256), nonfinite="keep").shape == (3, type.row_bytes(256))
 
 
+def test_every_readable_type_has_a_dequantizer():
+    assert {*FLOATS, *DEQUANTIZABLE} == quants.READABLE
+
+
 @pytest.mark.parametrize("type", sorted(DEQUANTIZABLE))
-def test_dequantize_equals_the_reference_on_any_bytes(type):
+def test_dequantize_equals_the_reference_on_any_bytes(type, each_target, monkeypatch):
+    compiled = []
+    function = module.library.function
+
+    def forced(name, arguments, body):
+        compiled.append(name)
+        return function(name, arguments, body, each_target)
+
+    monkeypatch.setattr(module.library, "function", forced)
+    module._dequantizer.cache_clear()
     rng = np.random.default_rng(8)
     data = rng.integers(0, 256, (7, 3 * type.block_bytes), dtype=np.uint8)
-    found = dequantize_rows(data, type, 7, 3 * type.block_elements)
+    try:
+        found = dequantize_rows(data, type, 7, 3 * type.block_elements)
+    finally:
+        module._dequantizer.cache_clear()
+    assert len(compiled) == 1, "the kernel under test must be the forced one"
     expected = quants.dequantize(data, type, found.shape)
     assert np.array_equal(found, expected, equal_nan=True)
     finite = np.isfinite(expected)
