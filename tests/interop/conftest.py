@@ -3,12 +3,15 @@
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from phiquant.gguf import GGUFFile
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiquant"
 PYTHON = Path(os.environ.get("PHIQUANT_INTEROP_PYTHON", HOME / "interop/bin/python"))
@@ -52,6 +55,49 @@ p = L.llama_model_quantize_default_params()
 p.ftype, p.nthread = job["ftype"], 2
 p.pure, p.allow_requantize = job.get("pure", False), True
 assert L.llama_model_quantize(job["source"].encode(), job["out"].encode(), ctypes.byref(p)) == 0
+"""
+
+_QUANTIZE_MANY = """
+import ctypes, json, re, sys
+import numpy as np, llama_cpp as L
+lines = []
+log = L.llama_log_callback(lambda level, text, data: lines.append(text.decode(errors="replace")))
+L.llama_log_set(log, ctypes.c_void_p(0))
+answers = []
+for job in json.load(sys.stdin):
+    p = L.llama_model_quantize_default_params()
+    p.nthread, p.ftype = 2, job["ftype"]
+    for name in ("pure", "allow_requantize", "only_copy", "output_tensor_type", "token_embedding_type", "dry_run"):
+        if name in job:
+            setattr(p, name, job[name])
+    p.quantize_output_tensor = not job.get("leave_output_tensor", False)
+    if job.get("tensor_types"):
+        patterns = [(pattern.encode(), kind) for pattern, kind in job["tensor_types"]] + [(None, 0)]
+        array = (L.llama_model_tensor_override * len(patterns))(*patterns)
+        p.tt_overrides = array
+    if job.get("int_overrides"):
+        overrides = (L.llama_model_kv_override * (len(job["int_overrides"]) + 1))()
+        for slot, (key, value) in zip(overrides, job["int_overrides"]):
+            slot.tag, slot.key, slot.value.val_i64 = L.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode(), value
+        p.kv_overrides = overrides
+    if job.get("imatrix"):
+        given = {name: np.ascontiguousarray(v, np.float32) for name, v in np.load(job["imatrix"]).items()}
+        entries = (L.llama_model_imatrix_data * (len(given) + 1))()
+        for slot, (name, values) in zip(entries, given.items()):
+            slot.name, slot.size = name.encode(), values.size
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        p.imatrix = entries
+    if job.get("prune"):
+        layers = (ctypes.c_int32 * (len(job["prune"]) + 1))(*job["prune"], -1)
+        p.prune_layers = layers
+    lines.clear()
+    status = L.llama_model_quantize(job["source"].encode(), job["out"].encode(), ctypes.byref(p))
+    if job.get("dry_run") and status == 0:
+        line = re.compile(r"\\[ *\\d+/ *\\d+\\] +(\\S+) +- \\[.*?\\], type = +(\\S+), size = [^(\\n]*(?:\\((\\w+)\\))?")
+        answers.append([[name, (new or old).upper()] for name, old, new in line.findall("".join(lines))])
+    else:
+        answers.append(status)
+print(json.dumps(answers))
 """
 
 _TOKENIZE = """
@@ -120,3 +166,47 @@ def llama_cpp_source() -> Path:
     if not (SOURCE / "convert_hf_to_gguf.py").exists():
         pytest.skip(f"llama.cpp's source is not at {SOURCE}; `make interop` unpacks it")
     return SOURCE
+
+
+@pytest.fixture
+def their_quantize(llama_cpp: LlamaCpp) -> Callable[[list[dict[str, Any]]], list[Any]]:
+    """Run jobs of llama_model_quantize in one process: the status of each, 0 for success; of a dry run that succeeds
+    the names and types of all tensors."""
+
+    def run(jobs: list[dict[str, Any]]) -> list[Any]:
+        done = subprocess.run(
+            [PYTHON, "-c", _QUANTIZE_MANY],
+            input=json.dumps(jobs),
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        answers: list[Any] = json.loads(done.stdout)
+        return answers
+
+    return run
+
+
+@pytest.fixture
+def compare() -> Callable[[Path, Path], float]:
+    """Assert that two files hold the same tensors in the same order and the same keys; the share of equal bytes.
+
+    What llama-quantize notes of an importance matrix is not written by its library.
+    """
+
+    def check(ours: Path, theirs: Path) -> float:
+        with GGUFFile.open(ours) as a, GGUFFile.open(theirs) as b:
+            assert [(t.name, t.shape, t.type.name) for t in a.tensors.values()] == [
+                (t.name, t.shape, t.type.name) for t in b.tensors.values()
+            ]
+            fields = {key: field for key, field in a.fields.items() if not key.startswith("quantize.imatrix.")}
+            assert set(fields) == set(b.fields)
+            for key, field in fields.items():
+                assert (field.type, field.item_type) == (b.fields[key].type, b.fields[key].item_type), key
+                assert np.array_equal(field.value, b.fields[key].value), key
+            equal = sum(int((a.data(name) == b.data(name)).sum()) for name in a.tensors)
+            return equal / sum(info.nbytes for info in a.tensors.values())
+
+    return check

@@ -1,7 +1,6 @@
 """Every mix and option of `quantize` against llama_model_quantize: order, types, bytes and metadata of its files."""
 
-import json
-import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,57 +11,15 @@ import pytest
 from phiquant.convert import Options, TypePattern, convert, quantize
 from phiquant.convert.filetypes import DEFAULT_TYPES
 from phiquant.convert.overrides import parse_override
-from phiquant.gguf import FileType, GGMLType, GGUFFile, GGUFWriter, ValueType
+from phiquant.gguf import FileType, GGMLType, GGUFWriter, ValueType
 
 pytestmark = [pytest.mark.interop, pytest.mark.cpu]
 
+Compare = Callable[[Path, Path], float]
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
-# llama.cpp makes it with an importance matrix only (see test_q2_k_s_needs_an_importance_matrix_there)
-KINDS = [kind for kind in DEFAULT_TYPES if kind is not FileType.Q2_K_S]
-
-_QUANTIZE = """
-import ctypes, json, sys
-import llama_cpp as L
-quiet = L.llama_log_callback(lambda level, text, data: None)
-L.llama_log_set(quiet, ctypes.c_void_p(0))
-statuses = []
-for job in json.load(sys.stdin):
-    p = L.llama_model_quantize_default_params()
-    p.nthread, p.ftype = 2, job["ftype"]
-    for name in ("pure", "allow_requantize", "only_copy", "output_tensor_type", "token_embedding_type"):
-        if name in job:
-            setattr(p, name, job[name])
-    p.quantize_output_tensor = not job.get("leave_output_tensor", False)
-    if job.get("tensor_types"):
-        patterns = [(pattern.encode(), kind) for pattern, kind in job["tensor_types"]] + [(None, 0)]
-        array = (L.llama_model_tensor_override * len(patterns))(*patterns)
-        p.tt_overrides = array
-    if job.get("int_overrides"):
-        overrides = (L.llama_model_kv_override * (len(job["int_overrides"]) + 1))()
-        for slot, (key, value) in zip(overrides, job["int_overrides"]):
-            slot.tag, slot.key, slot.value.val_i64 = L.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode(), value
-        p.kv_overrides = overrides
-    statuses.append(L.llama_model_quantize(job["source"].encode(), job["out"].encode(), ctypes.byref(p)))
-print(json.dumps(statuses))
-"""
-
-
-@pytest.fixture
-def their_quantize(llama_cpp: Any) -> Any:
-    """Run jobs in one process; the status of each, 0 for success."""
-    import sys
-
-    python = sys.modules[type(llama_cpp).__module__].PYTHON
-
-    def run(jobs: list[dict[str, Any]]) -> list[int]:
-        done = subprocess.run(
-            [python, "-c", _QUANTIZE], input=json.dumps(jobs), capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        statuses: list[int] = json.loads(done.stdout)
-        return statuses
-
-    return run
+# the file types that llama.cpp makes without an importance matrix too; test_interop_mixtures has all, with one
+KINDS = [kind for kind in DEFAULT_TYPES if kind.name not in ("Q2_K_S", "IQ3_XS", "IQ3_XXS", "NVFP4", "Q1_0")]
+KINDS = [kind for kind in KINDS if not kind.name.startswith(("IQ1", "IQ2"))]
 
 
 def skeleton(
@@ -111,21 +68,7 @@ def skeleton(
     return path
 
 
-def compare(ours: Path, theirs: Path) -> float:
-    """Assert that two files hold the same tensors in the same order and the same keys; the share of equal bytes."""
-    with GGUFFile.open(ours) as a, GGUFFile.open(theirs) as b:
-        assert [(t.name, t.shape, t.type.name) for t in a.tensors.values()] == [
-            (t.name, t.shape, t.type.name) for t in b.tensors.values()
-        ]
-        assert set(a.fields) == set(b.fields)
-        for key, field in a.fields.items():
-            assert (field.type, field.item_type) == (b.fields[key].type, b.fields[key].item_type), key
-            assert np.array_equal(field.value, b.fields[key].value), key
-        equal = sum(int((a.data(name) == b.data(name)).sum()) for name in a.tensors)
-        return equal / sum(info.nbytes for info in a.tensors.values())
-
-
-def test_every_file_type_of_the_bundled_model(their_quantize: Any, tmp_path: Path) -> None:
+def test_every_file_type_of_the_bundled_model(their_quantize: Any, compare: Compare, tmp_path: Path) -> None:
     source = convert(TINY, tmp_path / "bf16.gguf", "bf16").plan.path
     jobs = [{"source": str(source), "out": str(tmp_path / f"{kind.name}.gguf"), "ftype": int(kind)} for kind in KINDS]
     assert their_quantize(jobs) == [0] * len(jobs)
@@ -147,7 +90,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_mix_of_every_shape(their_quantize: Any, tmp_path: Path, shape: str) -> None:
+def test_every_mix_of_every_shape(their_quantize: Any, compare: Compare, tmp_path: Path, shape: str) -> None:
     layers, heads, kv, changes = SHAPES[shape]
     source = skeleton(tmp_path / "source.gguf", layers, heads, kv, **changes)
     jobs = [{"source": str(source), "out": str(tmp_path / f"{kind.name}.gguf"), "ftype": int(kind)} for kind in KINDS]
@@ -183,10 +126,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], Options]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_options(their_quantize: Any, tmp_path: Path, option: str, tied: bool) -> None:
+def test_options(their_quantize: Any, compare: Compare, tmp_path: Path, option: str, tied: bool) -> None:
     theirs, ours = OPTIONS[option]
     source = skeleton(tmp_path / "source.gguf", 24, 8, 2, tied=tied)
-    kinds = [FileType.Q4_K_M, FileType.Q3_K_M, FileType.Q8_0, FileType.F16]
+    kinds = [FileType.Q4_K_M, FileType.Q3_K_M, FileType.Q8_0, *([] if ours.tensor_types else [FileType.F16])]
     jobs = [{"source": str(source), "out": str(tmp_path / f"{k.name}.gguf"), "ftype": int(k), **theirs} for k in kinds]
     assert their_quantize(jobs) == [0] * len(jobs)
     for kind in kinds:
@@ -194,7 +137,7 @@ def test_options(their_quantize: Any, tmp_path: Path, option: str, tied: bool) -
         assert compare(path, tmp_path / f"{kind.name}.gguf") >= 0.98, kind.name
 
 
-def test_copy_requantization_and_overrides(their_quantize: Any, tmp_path: Path) -> None:
+def test_copy_requantization_and_overrides(their_quantize: Any, compare: Compare, tmp_path: Path) -> None:
     source = quantize(TINY, tmp_path / "q8.gguf", "Q8_0").plan.path
     base = {"source": str(source)}
     jobs = [
@@ -217,13 +160,3 @@ def test_copy_requantization_and_overrides(their_quantize: Any, tmp_path: Path) 
     overrides = [parse_override("phi3.context_length=int:77"), parse_override("my.key=int:5")]
     ours = quantize(source, tmp_path / "c.gguf", "Q8_0", overrides=overrides).plan.path
     assert compare(ours, tmp_path / "set.gguf") == 1
-
-
-def test_q2_k_s_needs_an_importance_matrix_there(their_quantize: Any, tmp_path: Path) -> None:
-    """Why Q2_K_S is not compared above; ours makes it and says that Q2_K is better."""
-    source = skeleton(tmp_path / "source.gguf", 24, 8, 8)
-    (status,) = their_quantize(
-        [{"source": str(source), "out": str(tmp_path / "x.gguf"), "ftype": int(FileType.Q2_K_S)}]
-    )
-    assert status != 0
-    assert any("Q2_K" in note for note in quantize(source, tmp_path / "y.gguf", "Q2_K_S").plan.notes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from phiquant import quants
 from phiquant.convert import imatrix
 from phiquant.convert.entries import Entry, string, uint32
 from phiquant.convert.filetypes import Target
@@ -13,17 +14,11 @@ from phiquant.convert.imatrix import ImportanceMatrix
 from phiquant.convert.mixture import is_embedding, needs_importance
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.errors import ImportanceError, RequestError
-from phiquant.gguf import GGMLType, keys
+from phiquant.gguf import keys
 
 __all__ = ["Importance", "importance_entries", "missing_importance", "partial_run", "weigh"]
 
 _MAX_TEXT = 127  # bytes that llama-quantize records of a name
-# types whose quantizers choose by importance; the others' levels follow from the values alone
-_WEIGHTED = frozenset(
-    {GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1}
-    | {kind for kind in GGMLType if kind.name.startswith("IQ")}
-    | {GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K}
-)
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ def weigh(
                     f"and this model's tensor takes {matrices * tensor.shape[-1]}."
                 )
             entry = None
-        if tensor.type not in _WEIGHTED or tensor.type is tensor.source:
+        if tensor.type in quants.IMPORTANCE_IGNORED or tensor.type is tensor.source:
             weighed.append(tensor)
             continue
         if entry is None:
@@ -148,7 +143,8 @@ def missing_importance(
     """
     for tensor in planned:
         if tensor.importance is None and tensor.type is not tensor.source:
-            if needs_importance(tensor.name, tensor.type, target.file_type):
+            needed = needs_importance(tensor.name, tensor.type, target.file_type)
+            if needed or tensor.type in quants.IMPORTANCE_REQUIRED:  # embedding and output too
                 lack = f"{tensor.name} would become {tensor.type.name}, which is useless without an importance matrix"
                 if origin is not None:
                     return RequestError(
