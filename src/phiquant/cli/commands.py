@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-__all__ = ["convert", "doctor", "imatrix", "inspect", "merge", "quantize", "run", "split"]
+__all__ = ["convert", "doctor", "imatrix", "inspect", "merge", "quantize", "run", "split", "verify"]
 
 Threads = Annotated[
     int, Option("--threads", "-t", metavar="N", min=0, help="Processor threads; 0: all that the process may use.")
@@ -360,6 +360,18 @@ def merge(
     from . import split as body
 
     return body.merge(first, outfile, dry_run=dry_run, quiet=quiet)
+
+
+def verify(
+    file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file, or the first part of a split model.")],
+    as_json: Json = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Check a GGUF file: header, offsets and lengths, every weight and scale, and the checksum if it has one."""
+    from . import verify as body
+
+    return body.verify(file, as_json=as_json, threads=threads, quiet=quiet)
 
 
 def inspect(file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file.")], as_json: Json = False) -> None:

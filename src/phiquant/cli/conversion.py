@@ -18,7 +18,7 @@ from rich.table import Table
 
 from phiquant.convert import Plan, Report
 
-__all__ = ["ConversionBar", "print_parts", "print_plan", "print_report"]
+__all__ = ["ConversionBar", "byte_bar", "print_parts", "print_plan", "print_report"]
 
 _UNSEEN_WIDTH = 160  # columns when the output goes to a file or a pipe
 
@@ -31,17 +31,8 @@ class ConversionBar:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description:<24}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=quiet or not self._console.is_terminal,
-        )
+        self._bar = byte_bar(quiet=quiet)
+        self._console = self._bar.console
         self._task: TaskID | None = None
 
     def planned(self, plan: Plan) -> None:
@@ -69,6 +60,21 @@ class ConversionBar:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def byte_bar(*, quiet: bool) -> Progress:
+    """A bar on stderr that counts bytes: what is at hand, how much is done, rate, time left; not without a terminal."""
+    console = Console(stderr=True, highlight=False)
+    return Progress(
+        TextColumn("{task.description:<24}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
 
 
 def print_report(report: Report) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys, open_model
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "printable"]
 
 SHOWN_ITEMS: Final = 8  # of an array
 SHOWN_TEXT: Final = 120  # characters of a string, in the table
@@ -167,4 +167,9 @@ def _shortened(text: str, limit: int = SHOWN_TEXT) -> str:
 
 def _safe(text: str, keep: str = "") -> Text:
     """Text from a file for a terminal: what is not printable is escaped, so that it cannot steer the terminal."""
-    return Text("".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text))
+    return Text(printable(text, keep))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with what is not printable escaped, but for the characters in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

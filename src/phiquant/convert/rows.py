@@ -8,25 +8,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from phiquant import quants
 from phiquant.errors import WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
-from phiquant.quants.iquants import d_iq1_m
+from phiquant.quants.validity import bad_blocks
 
 __all__ = ["convert_rows", "first_bad_row"]
 
 _Bytes = npt.NDArray[np.uint8]
-
-# The bits of infinity as a number: NaN and infinity are all that reach it. As signed integers, positive values are
-# compared; as unsigned ones, negative values: two reductions and no temporary array.
-_INFINITY = {
-    GGMLType.F32: (4, 0x7F800000),
-    GGMLType.F16: (2, 0x7C00),
-    GGMLType.BF16: (2, 0x7F80),
-    GGMLType.F64: (8, 0x7FF << 52),
-}
-_HALF_SCALES = (2, 0x7C00)
 
 
 def convert_rows(
@@ -61,31 +50,7 @@ def convert_rows(
 def first_bad_row(data: _Bytes, kind: GGMLType, rows: int) -> int | None:
     """Return the first of `rows` rows that holds NaN or infinity (quantized: as a block's scale), else None.
 
-    All scales of NVFP4 are valid: its readers take the byte of NaN for 0.
+    NVFP4 is never refused: its readers take the scale of NaN for 0.
     """
-    if not data.size or (kind not in _INFINITY and kind not in quants.READABLE):
-        return None  # integers, and types that are only ever copied
-    if kind in _INFINITY:
-        width, infinity = _INFINITY[kind]
-        fields = [data.view(f"<u{width}").reshape(rows, -1)]
-    else:
-        width, infinity = _HALF_SCALES
-        layout = quants.block_dtype(kind)
-        blocks = data.view(layout).reshape(rows, -1)
-        if kind is GGMLType.MXFP4:  # 0xFF is the only byte that is no power of two
-            bad = blocks["e"] == 0xFF
-            return int(np.argmax(bad.any(axis=1))) if bad.any() else None
-        if kind is GGMLType.IQ1_M:
-            fields = [d_iq1_m(blocks.reshape(-1)).view("<u2")]
-        else:
-            fields = [blocks[name].view("<u2") for name in layout.names or () if layout[name].base == np.dtype("<f2")]
-    for bits in fields:
-        if _has_bad(bits, width, infinity):
-            bad = (bits & ((1 << (8 * width - 1)) - 1)) >= infinity
-            return int(np.argmax(bad.reshape(rows, -1).any(axis=1)))
-    return None
-
-
-def _has_bad(bits: npt.NDArray[np.unsignedinteger], width: int, infinity: int) -> bool:
-    sign = 1 << (8 * width - 1)
-    return bool(bits.view(f"<i{width}").max() >= infinity or bits.max() >= sign | infinity)
+    bad = None if kind is GGMLType.NVFP4 else bad_blocks(data, kind)
+    return None if bad is None else int(bad[0]) // (data.size // kind.block_bytes // rows)
