@@ -22,7 +22,7 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity interop bench bench-types clean
+.PHONY: help demo test check docs parity interop bench bench-types table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -60,6 +60,10 @@ bench-types: $(VENV)/.ready-tests $(INTEROP_STAMP) $(LLAMA_CPP_NATIVE)/bin/llama
 	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
 	test -e $(SYNTHETIC)-F16.gguf || $(BIN)/phiquant convert $(SYNTHETIC) --outfile $(SYNTHETIC)-F16.gguf --outtype f16
 	$(BIN)/python benchmarks/compare_types.py $(SYNTHETIC)-F16.gguf --tools $(LLAMA_CPP_NATIVE)/bin --peer $(INTEROP_VENV)/bin/python
+
+table: $(VENV)/.ready-tests $(INTEROP_STAMP) ## write docs/formats/table.md again: every file type, measured (ten minutes, alone on the machine)
+	$(BIN)/python $(PIP) --prefer-binary --group plot
+	$(BIN)/python benchmarks/format_table.py --peer $(INTEROP_VENV)/bin/python
 
 clean: ## remove what make and the tests made in this folder (the shared environments stay)
 	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -39,6 +39,24 @@ def test_the_synthetic_checkpoint_is_one_that_works(tmp_path: Path) -> None:
     assert "s to the first token" in output
 
 
+def test_the_table_of_types_is_measured(tmp_path: Path) -> None:
+    few = ["--types", "Q8_0,Q2_K_S", "--windows", "2", "--chunks", "4", "--threads", "2"]
+    output = run(ROOT / "benchmarks" / "format_table.py", "--out", tmp_path, *few)
+    assert "2 types" in output
+    assert "Q2_K_S: plain: blk.0.attn_output.weight would become Q2_K" in output
+    table = (tmp_path / "table.md").read_text("utf-8")
+    rows = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in table.splitlines() if "|" in line
+    }
+    titles, eight, two = (rows[name] for name in ("type", "Q8_0", "Q2_K_S"))
+    at = titles.index("KL")
+    assert float(eight[at]) < 1e-3
+    assert eight[at + 1] == "same"
+    assert two[at] == "refused"
+    assert 0.01 < float(two[at + 1]) < 1
+    assert all(float(row[titles.index("decode")]) > 0 for row in (eight, two))
+
+
 def test_results_are_appended_under_one_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import results
