@@ -18,6 +18,8 @@ from phiquant.kernels import quantize as module
 from phiquant.kernels.cpu import target
 from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE
 from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
+from phiquant.quants.iquants import IQ4_TABLE
+from phiquant.quants.nonlinear import middles
 
 pytestmark = pytest.mark.cpu
 
@@ -131,7 +133,9 @@ def test_every_lowering_gives_the_same_bytes(type, lowering, monkeypatch):
     assert np.array_equal(back, quants.dequantize(expected, type, x.shape))
 
 
-@pytest.mark.parametrize("type", [GGMLType.Q4_0, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.NVFP4])
+@pytest.mark.parametrize(
+    "type", [GGMLType.Q4_0, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.NVFP4, GGMLType.IQ4_XS]
+)
 @pytest.mark.parametrize("arm", [False, True])
 def test_no_operation_is_contracted_and_nothing_is_called(type, arm, monkeypatch):
     llvm.initialize_all_targets()
@@ -234,6 +238,22 @@ def test_dequantize_equals_the_reference_on_any_bytes(type, each_target, monkeyp
     assert np.array_equal(found, expected, equal_nan=True)
     finite = np.isfinite(expected)
     assert np.array_equal(found.view(np.uint32)[finite], expected.view(np.uint32)[finite])
+
+
+def test_the_nearest_entry_of_iq4_at_every_border():
+    # the block's peak is 1 * 127, so that the scale of the levels is one and they show the entry nearest to x itself
+    ends = middles(IQ4_TABLE)
+    near = np.concatenate([ends, np.nextafter(ends, np.float32(-200)), np.nextafter(ends, np.float32(200))])
+    x = np.concatenate([near, np.linspace(-126, 126, 3411, dtype=np.float32)]).reshape(-1, 9)
+    block = np.concatenate([IQ4_TABLE.astype(np.float32), np.full(7, -127, np.float32)])
+    blocks = np.concatenate([np.broadcast_to(block, (len(x), 23)), x], axis=1)
+    importance = np.concatenate([np.full(23, 1e6, np.float32), np.zeros(9, np.float32)])
+    found = quantize_rows(blocks, GGMLType.F32, GGMLType.IQ4_NL, importance)
+    assert np.array_equal(found, quants.quantize(blocks, GGMLType.IQ4_NL, importance))
+    values = quants.dequantize(found, GGMLType.IQ4_NL, blocks.shape)
+    assert (values[:, :23] == block).all()
+    distance = np.abs(values[:, 23:] - x)
+    assert np.array_equal(distance, np.abs(IQ4_TABLE.astype(np.float32) - x[..., None]).min(axis=2))
 
 
 def test_exponents_of_mxfp4_just_below_powers_of_two():

@@ -183,3 +183,17 @@ def test_transpose_and_reduce(target: Target) -> None:
     assert total[1] == x[3].max()
     assert total[2] == x[3].min()
     assert total[0] == pytest.approx(x[3].sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("entries", [4, 8, 16])
+@pytest.mark.parametrize("lanes", [16, 32])
+def test_lookup_floats(target: Target, entries: int, lanes: int) -> None:
+    table = [float(v) for v in np.random.default_rng(entries).standard_normal(entries).astype(np.float32)]
+
+    def body(e: Emitter, index: Value, out: Value) -> None:
+        e.store(simd.lookup_floats(e, table, e.load(index, vec(I32, lanes))), out)
+
+    index = np.random.default_rng(2).integers(0, entries, lanes).astype(np.int32)
+    out = np.zeros(lanes, np.float32)
+    call(f"lookup_floats.{entries}.{lanes}", body, target, index, out)
+    np.testing.assert_array_equal(out, np.array(table, np.float32)[index])

@@ -23,6 +23,7 @@ from phiquant.kernels.cpu.emit import Emitter, Value
 from phiquant.kernels.cpu.quantize_kquants import emit_kquant
 from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments, Quantizer
 from phiquant.kernels.cpu.quantize_legacy import emit_floats, emit_legacy, emit_mean_squares
+from phiquant.kernels.cpu.quantize_nonlinear import emit_nonlinear
 from phiquant.kernels.cpu.quantize_small import emit_small
 
 __all__ = ["FLOATS", "dequantize_rows", "quantize_rows"]
@@ -45,6 +46,7 @@ _QUANTIZERS: dict[GGMLType, Quantizer] = {
         (GGMLType.Q1_0, GGMLType.Q2_0, GGMLType.TQ1_0, GGMLType.TQ2_0, GGMLType.MXFP4, GGMLType.NVFP4),
         Quantizer(emit_small),
     ),
+    **dict.fromkeys((GGMLType.IQ4_NL, GGMLType.IQ4_XS), Quantizer(emit_nonlinear)),
 }
 """The compiled quantizer of every blocked type."""
 

@@ -14,12 +14,15 @@ value of an element, with the scale s of its sub-block (of n weights) and g a co
 Where only 7 signs are stored for a group of 8, the number of negative ones is even.
 """
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
 from phiquant.gguf.types import GGMLType
 from phiquant.quants.block import Blocks, Bytes, Floats, Format, Levels, Plane, split
 from phiquant.quants.grids import points
+from phiquant.quants.nonlinear import write_nonlinear
 
 __all__ = [
     "FORMATS",
@@ -197,8 +200,20 @@ def _read_iq1_m(blocks: Blocks) -> Floats:
 
 
 FORMATS = (
-    Format(GGMLType.IQ4_NL, IQ4_NL, _read_iq4_nl, None, NIBBLES),
-    Format(GGMLType.IQ4_XS, IQ4_XS, _read_iq4_xs, None, NIBBLES),
+    Format(
+        GGMLType.IQ4_NL,
+        IQ4_NL,
+        _read_iq4_nl,
+        partial(write_nonlinear, GGMLType.IQ4_NL, IQ4_NL, NIBBLES, IQ4_TABLE),
+        NIBBLES,
+    ),
+    Format(
+        GGMLType.IQ4_XS,
+        IQ4_XS,
+        _read_iq4_xs,
+        partial(write_nonlinear, GGMLType.IQ4_XS, IQ4_XS, NIBBLES, IQ4_TABLE),
+        NIBBLES,
+    ),
     Format(GGMLType.IQ2_XXS, IQ2_XXS, _read_iq2_xxs, None),
     Format(GGMLType.IQ2_XS, IQ2_XS, _read_iq2_xs, None),
     Format(GGMLType.IQ2_S, IQ2_S, _read_iq2_s, None),

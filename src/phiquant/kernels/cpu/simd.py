@@ -18,7 +18,9 @@ __all__ = [
     "float_to_bfloat",
     "float_to_half",
     "half_to_float",
+    "has_float_table",
     "lookup",
+    "lookup_floats",
     "multiply_add",
     "nearest_int",
     "reduce",
@@ -242,6 +244,41 @@ def round_away(e: Emitter, x: Value) -> Value:
     whole = x.to_int()
     rest = x - whole.to_float()
     return whole + e.where(rest >= 0.5, e.const(whole.type, 1), e.where(rest <= -0.5, e.const(whole.type, -1), 0))
+
+
+def has_float_table(e: Emitter, entries: int) -> bool:
+    """Whether `lookup_floats` in a table of that many float32 entries is a few instructions."""
+    return e.target.lowering in ("avx512vnni", "avxvnni", "avx2") and entries <= 16
+
+
+def lookup_floats(e: Emitter, table: Sequence[float], index: Value) -> Value:
+    """table[index] for int32 lanes, all below len(table), a power of two; where `has_float_table`, up to 16 of float32.
+
+    Elsewhere it is a tree of choices, one for each entry.
+    """
+    lowering, lanes = e.target.lowering, index.lanes
+    entries = [float(v) for v in table]
+    if has_float_table(e, len(entries)):
+        width = 16 if lowering == "avx512vnni" else 8
+        register = e.const(vec(F32, 16), (entries * 16)[:16])
+
+        def part(i: Value) -> Value:
+            if width == 16:
+                return e.intrinsic("llvm.x86.avx512.permvar.sf.512", vec(F32, 16), register, i)
+            halves = [register.shuffle(range(start, start + 8)) for start in (0, 8)]
+            low, high = (e.intrinsic("llvm.x86.avx2.permps", vec(F32, 8), half, i) for half in halves)
+            return low if len(entries) <= 8 else e.where(i > 7, high, low)
+
+        if lanes == width:
+            return part(index)
+        return concatenate(e, [part(index.shuffle(range(i, i + width))) for i in range(0, lanes, width)])
+    found = [e.const(vec(F32, lanes), v) for v in entries]
+    bit = 1
+    while len(found) > 1:
+        odd = (index & bit) != 0
+        found = [e.where(odd, found[i + 1], found[i]) for i in range(0, len(found), 2)]
+        bit *= 2
+    return found[0]
 
 
 def multiply_add(e: Emitter, a: Value, b: Value | float, c: Value | float) -> Value:
