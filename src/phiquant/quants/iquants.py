@@ -22,6 +22,7 @@ import numpy.typing as npt
 from phiquant.gguf.types import GGMLType
 from phiquant.quants.block import Blocks, Bytes, Floats, Format, Levels, Plane, split
 from phiquant.quants.grids import points
+from phiquant.quants.iq1 import write_iq1_m, write_iq1_s
 from phiquant.quants.nonlinear import write_nonlinear
 
 __all__ = [
@@ -219,6 +220,6 @@ FORMATS = (
     Format(GGMLType.IQ2_S, IQ2_S, _read_iq2_s, None),
     Format(GGMLType.IQ3_XXS, IQ3_XXS, _read_iq3_xxs, None),
     Format(GGMLType.IQ3_S, IQ3_S, _read_iq3_s, None),
-    Format(GGMLType.IQ1_S, IQ1_S, _read_iq1_s, None),
-    Format(GGMLType.IQ1_M, IQ1_M, _read_iq1_m, None),
+    Format(GGMLType.IQ1_S, IQ1_S, _read_iq1_s, partial(write_iq1_s, IQ1_S)),
+    Format(GGMLType.IQ1_M, IQ1_M, _read_iq1_m, partial(write_iq1_m, IQ1_M)),
 )
