@@ -17,6 +17,7 @@ from phiquant.gguf.types import GGMLType
 from phiquant.kernels import quantize as module
 from phiquant.kernels.cpu import target
 from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE
+from phiquant.kernels.cpu.quantize_iq1_cuts import sorting_network
 from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
 from phiquant.quants.iquants import IQ4_TABLE
 from phiquant.quants.nonlinear import middles
@@ -254,6 +255,18 @@ def test_the_nearest_entry_of_iq4_at_every_border():
     assert (values[:, :23] == block).all()
     distance = np.abs(values[:, 23:] - x)
     assert np.array_equal(distance, np.abs(IQ4_TABLE.astype(np.float32) - x[..., None]).min(axis=2))
+
+
+def test_the_sorting_network_sorts():
+    # what sorts all columns of 0 and 1 sorts everything
+    columns = (np.arange(2**16) >> np.arange(16)[:, None] & 1).astype(np.uint8)
+    for i, j in sorting_network(16):
+        columns[i], columns[j] = np.minimum(columns[i], columns[j]), np.maximum(columns[i], columns[j])
+    assert (np.diff(columns.astype(np.int8), axis=0) >= 0).all()
+    values = np.random.default_rng(12).permuted(np.arange(32).repeat(500).reshape(32, -1), axis=0)
+    for i, j in sorting_network(32):
+        values[i], values[j] = np.minimum(values[i], values[j]), np.maximum(values[i], values[j])
+    assert (values == np.arange(32)[:, None]).all()
 
 
 def test_exponents_of_mxfp4_just_below_powers_of_two():

@@ -197,3 +197,14 @@ def test_lookup_floats(target: Target, entries: int, lanes: int) -> None:
     out = np.zeros(lanes, np.float32)
     call(f"lookup_floats.{entries}.{lanes}", body, target, index, out)
     np.testing.assert_array_equal(out, np.array(table, np.float32)[index])
+
+
+def test_choose_of_four(target: Target) -> None:
+    def body(e: Emitter, table: Value, index: Value, out: Value) -> None:
+        e.store(simd.choose_of_four(e, e.load(table, vec(F32, 4)), e.load(index, vec(I32, 16))), out)
+
+    table = np.array([0.5, -3, 7, np.nan], np.float32)
+    index = np.random.default_rng(3).integers(0, 3, 16).astype(np.int32)
+    out = np.zeros(16, np.float32)
+    call("choose_of_four", body, target, table, index + 4 * np.arange(16, dtype=np.int32), out)
+    np.testing.assert_array_equal(out, table[index])

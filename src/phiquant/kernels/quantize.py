@@ -20,6 +20,7 @@ from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu import library
 from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE, emit_dequantize
 from phiquant.kernels.cpu.emit import Emitter, Value
+from phiquant.kernels.cpu.quantize_iq1 import emit_iq1, iq1_tables
 from phiquant.kernels.cpu.quantize_kquants import emit_kquant
 from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments, Quantizer
 from phiquant.kernels.cpu.quantize_legacy import emit_floats, emit_legacy, emit_mean_squares
@@ -47,6 +48,7 @@ _QUANTIZERS: dict[GGMLType, Quantizer] = {
         Quantizer(emit_small),
     ),
     **dict.fromkeys((GGMLType.IQ4_NL, GGMLType.IQ4_XS), Quantizer(emit_nonlinear)),
+    **dict.fromkeys((GGMLType.IQ1_S, GGMLType.IQ1_M), Quantizer(emit_iq1, tables=iq1_tables)),
 }
 """The compiled quantizer of every blocked type."""
 

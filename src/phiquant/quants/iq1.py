@@ -8,6 +8,7 @@ least weighted error.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -165,10 +166,12 @@ def _fit(type: GGMLType, x: Floats, w: Floats) -> _Units:
     negative = np.stack([(bits >> 1 & 1) != swap, (bits & 1) != swap]).repeat(n // 16, axis=0)
     shift = np.where(negative, -SHIFT, SHIFT)
     groups = n // 8
-    index, on = _nearest_points(
-        type, *(v.reshape(groups, 8, units).swapaxes(0, 1).reshape(8, -1) for v in (x, w, levels)),
-        np.tile(scale, groups), shift.reshape(-1),
-    )  # fmt: skip
+
+    def grouped(v: npt.NDArray[Any]) -> Any:
+        return v.reshape(groups, 8, units).swapaxes(0, 1).reshape(8, -1)
+
+    spread = np.tile(scale, groups)
+    index, on = _nearest_points(type, grouped(x), grouped(w), grouped(levels), spread, shift.reshape(-1))
     index, off = index.reshape(groups, units), ~on.reshape(groups, units).all(axis=0)
     q = _values(type, index, shift)
     weighted = w * q

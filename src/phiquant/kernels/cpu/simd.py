@@ -12,6 +12,7 @@ from .emit import F16, F32, I8, I16, I32, Emitter, Value, vec
 
 __all__ = [
     "bfloat_to_float",
+    "choose_of_four",
     "dot_pairs",
     "dot_quads",
     "exp",
@@ -279,6 +280,22 @@ def lookup_floats(e: Emitter, table: Sequence[float], index: Value) -> Value:
         found = [e.where(odd, found[i + 1], found[i]) for i in range(0, len(found), 2)]
         bit *= 2
     return found[0]
+
+
+def choose_of_four(e: Emitter, table: Value, index: Value) -> Value:
+    """table[index & 3] for int32 lanes, of a vector of four float32 of which the last is never asked for.
+
+    The number of lanes is a multiple of 16.
+    """
+    lowering, lanes = e.target.lowering, index.lanes
+    if lowering in ("avx512vnni", "avxvnni", "avx2"):
+        width = 16 if lowering == "avx512vnni" else 8
+        name = "llvm.x86.avx512.vpermilvar.ps.512" if width == 16 else "llvm.x86.avx.vpermilvar.ps.256"
+        register = table.shuffle([0, 1, 2, 3] * (width // 4))
+        parts = [index.shuffle(range(i, i + width)) for i in range(0, lanes, width)] if lanes > width else [index]
+        return concatenate(e, [e.intrinsic(name, vec(F32, width), register, part) for part in parts])
+    low, middle, high = (table.shuffle([i] * lanes) for i in range(3))
+    return e.where((index & 2) != 0, high, e.where((index & 1) != 0, middle, low))
 
 
 def multiply_add(e: Emitter, a: Value, b: Value | float, c: Value | float) -> Value:
