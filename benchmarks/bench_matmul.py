@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from phiquant import quants
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu import matmul
 from phiquant.kernels.cpu.emit import F32, I8, I32, I64, Emitter, Value, vec
@@ -29,6 +30,7 @@ from phiquant.kernels.ops import Weight
 
 ROWS, COLUMNS = 3072, 3072
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
+_KEPT: list[NDArray[np.int64]] = []  # numbers of columns that operations point to
 _SINK = np.zeros(4096, np.float32)
 
 
@@ -53,14 +55,14 @@ class Team:
             self.end.wait()
 
     def run(self, ops: list[NativeOp]) -> float:
-        """Seconds of the last operation."""
+        """Seconds of the last operation: of one thread, its processor time, which other work does not lengthen."""
         self.ops, self.counters = ops, np.zeros((len(ops), 8), np.int64)
         if self.threads == 1:
             took = 0.0
             for n, op in enumerate(ops):
-                t = time.perf_counter()
+                t = time.thread_time()
                 _SIGNATURE(op.kernel)(op.block.ctypes.data, 0, 1, self.counters[n].ctypes.data)
-                took = time.perf_counter() - t
+                took = time.thread_time() - t
             return took
         self.start.wait()
         for n, op in enumerate(ops):
@@ -123,15 +125,32 @@ def weight(kind: GGMLType, rows: int, columns: int, rng: np.random.Generator) ->
     row = kind.row_bytes(columns)
     data = rng.integers(0, 256, rows * row, np.uint8)
     blocks = data.reshape(-1, kind.block_bytes)
-    where = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "Q4_K": [0, 2], "Q5_K": [0, 2]}
     if kind.is_quantized:
-        for at in where.get(kind.name, [0, 2] if kind.name.endswith("_1") else [0]):
-            blocks[:, at + 1] = 0x20
+        dtype = quants.block_dtype(kind)
+        for name in dtype.names or ():
+            if dtype[name] == np.float16:
+                blocks.reshape(-1).view(dtype)[name] = 0.01
+        if kind is GGMLType.MXFP4:
+            blocks[:, 0] = 120
     elif kind is GGMLType.F32:
         data = rng.standard_normal(rows * columns, np.float32).view(np.uint8)
     else:
         data.reshape(-1, 2)[:, 1] = 0x30
     return Weight(kind.name, kind, (rows, columns), data)
+
+
+def _standard(target: Target, threads: int, counts: list[int], rng: np.random.Generator) -> dict[int, list[NativeOp]]:
+    """Q4_K's operations for each number of columns: what other types are measured against."""
+    made = {}
+    packed = matmul.prepare(weight(GGMLType.Q4_K, ROWS, COLUMNS, rng), threads=threads, target=target)
+    for n in counts:
+        count = np.array([n], np.int64)
+        x, out = rng.standard_normal((n, COLUMNS)).astype(np.float32), np.zeros((n, ROWS), np.float32)
+        scratch = np.zeros(matmul.scratch_bytes(packed, n), np.uint8)
+        regions = [Region(a, count.ctypes.data) for a in (x, out)]
+        made[n] = matmul.bind(packed, *regions, add=False, scratch=scratch, threads=threads)
+        _KEPT.append(count)
+    return made
 
 
 def main() -> None:
@@ -148,6 +167,7 @@ def main() -> None:
     _SINK = np.zeros(1024 * (threads + 1), np.float32)
     dot, dot_ops = peak("dot", target)
     fma, fma_ops = peak("fma", target)
+    standard = _standard(target, threads, [n for n in counts if n > 8], rng)
     memory = reading(aligned(256 << 20), target)
     memory.keep[0][:] = 1
 
@@ -190,16 +210,19 @@ def main() -> None:
                     limit = memory.keep[0].size / team.run([memory]) / 1e9
                     figures.append((p.data.size / team.run(ops) / 1e9, limit))
                 got, limit = (statistics.median(f) for f in zip(*figures, strict=True))
-                line.append(f"{n} col {got:5.1f} of {limit:5.1f} GB/s")
+                share = statistics.median(a / b for a, b in figures) * w.data.size / packed.data.size
+                line.append(f"{n} col {got:5.1f} of {limit:5.1f} GB/s ({share:.0%} over the file's bytes)")
             else:
                 op, amount = (dot, dot_ops) if kind.is_quantized else (fma, fma_ops)
                 figures = []
                 for _ in range(arguments.repeat):
                     limit = amount * threads / team.run([op]) / 1e9
-                    figures.append((2.0 * n * p.rows * p.columns / team.run(ops) / 1e9, limit))
-                got, limit = (statistics.median(f) for f in zip(*figures, strict=True))
-                ratio = statistics.median(a / b for a, b in figures)
-                line.append(f"{n} col {got:5.0f} of {limit:4.0f} GOP/s ({ratio:.0%})")
+                    beside = team.run(standard[n])
+                    took = team.run(ops)
+                    figures.append((2.0 * n * p.rows * p.columns / took / 1e9, limit, beside / took))
+                got, limit, ratio = (statistics.median(f) for f in zip(*figures, strict=True))
+                share = statistics.median(f[0] / f[1] for f in figures)
+                line.append(f"{n} col {got:5.0f} of {limit:4.0f} GOP/s ({share:.0%}), {ratio:.2f} of Q4_K's")
         print("; ".join(line), flush=True)
 
 

@@ -165,8 +165,11 @@ def _round_groups(e: Emitter, form: Activations, source: Value, target: Value, l
         low, high = (nearest_int(e, p * inverse) for p in parts)
         e.store(e.join(low.trunc(I8), high.trunc(I8)), target + g * form.group)
         e.store(scale, target + form.scale_offset + g * 4)
-        total = reduce(e, low + high)
-        if form.sums == "start":
-            e.store(total * -form.centre, target + form.sums_offset + g * 4)
-        elif form.sums == "scaled":
-            e.store(total.to_float() * scale, target + form.sums_offset + g * 4)
+        # Integers: their sums are exact in any order.
+        totals = [reduce(e, low), reduce(e, high)] if form.span == 16 else [reduce(e, low + high)]
+        for i, total in enumerate(totals):
+            at_sum = target + form.sums_offset + (g * len(totals) + i) * 4
+            if form.sums == "start":
+                e.store(total * -form.centre, at_sum)
+            elif form.sums == "scaled":
+                e.store(total.to_float() * scale, at_sum)

@@ -10,6 +10,7 @@ into `scratch`, rounded to 8 bits for quantized weights; the second multiplies.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from .library import function
 from .matmul_float import FloatFormat
 from .matmul_kquants import K_FORMATS
 from .matmul_legacy import LEGACY_FORMATS
+from .matmul_tables import TABLE_FORMATS
 from .matmul_tiles import LANES, Format
 from .operation import NativeOp, Region
 from .pack import pack
@@ -31,11 +33,12 @@ from .team import available_threads
 
 __all__ = ["FORMATS", "Packed", "bind", "prepare", "scratch_bytes"]
 
+_GROUPS: tuple[Mapping[str, Format], ...] = (LEGACY_FORMATS, K_FORMATS, TABLE_FORMATS)
 FORMATS: dict[GGMLType, Format] = {
     GGMLType.F32: FloatFormat("float"),
     GGMLType.F16: FloatFormat("half"),
     GGMLType.BF16: FloatFormat("bfloat"),
-    **{GGMLType[name]: f for name, f in (*LEGACY_FORMATS.items(), *K_FORMATS.items())},
+    **{GGMLType[name]: f for group in _GROUPS for name, f in group.items()},
 }
 """The types that can be multiplied."""
 

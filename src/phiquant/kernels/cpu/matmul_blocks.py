@@ -28,7 +28,7 @@ from .emit import F32, I8, I16, I32, Emitter, Value, vec
 from .matmul_tiles import LANES, Floats, Format
 from .simd import concatenate, dot_pairs, dot_quads, half_to_float, multiply_add
 
-__all__ = ["BlockFormat", "halves", "nibbles"]
+__all__ = ["BlockFormat", "WideLevels", "halves", "nibbles"]
 
 ENTRY = 64  # bytes of 4 levels, or one float32, for each of 16 rows
 LEVELS = vec(I8, ENTRY)
@@ -150,7 +150,8 @@ class BlockFormat(Format):
     def _apply(self, e: Emitter, x: Value, sub: Value, v: Value, dot: Value, scale: Value, low: Value | None) -> Value:
         if self.chunked:
             return multiply_add(e, dot.to_float(), scale, v)
-        unit = e.load(x + self.activations.scale_offset + sub * 4, F32)
+        of = sub if self.span == self.activations.group else sub >> 1
+        unit = e.load(x + self.activations.scale_offset + of * 4, F32)
         v = multiply_add(e, dot.to_float(), scale * unit, v)
         if low is None:
             return v
@@ -271,3 +272,35 @@ class BlockFormat(Format):
                     dot = dots[c][0].sum() + dots[c][1].sum() if split == 2 else dots[c][0].sum()
                     values[c].set(self._apply(e, xc, sub, values[c].get(), dot, scales[s], lows[s] if lows else None))
         return [self._end(e, xc, v.get(), y) for xc, v, y in zip(x, values, sums, strict=True)]
+
+
+class WideLevels(BlockFormat):
+    """Formats whose levels, biased by 128, need all 8 bits, with another way where unsigned bytes are too wide for it.
+
+    x86 without VNNI multiplies |w| by sign(w) x, which does not saturate and saves widening both to 16 bits; Arm's
+    instruction takes signed bytes.
+    """
+
+    below = 256
+
+    def dot(self, e: Emitter, total: Value, levels: Value, quad: Value) -> Value:
+        """Levels times activations, added by fours."""
+        if e.target.lowering == "neon":
+            return dot_quads(e, total, levels ^ -128, quad, below=128)
+        if e.target.lowering not in _SIGN:
+            return super().dot(e, total, levels, quad)
+        name, width = _SIGN[e.target.lowering]
+        weights = levels ^ -128
+        parts = [range(i, i + width) for i in range(0, ENTRY, width)]
+        signed = [e.intrinsic(name, vec(I8, width), quad.shuffle(p), weights.shuffle(p)) for p in parts]
+        return dot_quads(e, total, e.abs(weights), concatenate(e, signed), below=129)
+
+    def start(self, e: Emitter, x: Value, sub: Value) -> Value:
+        """What a dot product starts from."""
+        if e.target.lowering not in _SIGN and e.target.lowering != "neon":
+            return super().start(e, x, sub)
+        return e.const(vec(I32, LANES), 0)
+
+
+# Lowering: the instruction that gives one vector the signs of another, and its bytes.
+_SIGN = {"avx2": ("llvm.x86.avx2.psign.b", 32), "sse41": ("llvm.x86.ssse3.psign.b.128", 16)}

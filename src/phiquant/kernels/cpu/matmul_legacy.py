@@ -10,11 +10,10 @@ Offsets in bytes of a panel's block:
 from __future__ import annotations
 
 from .activations import CHUNK, Activations
-from .emit import I8, I16, I32, Emitter, Value, vec
-from .matmul_blocks import ENTRY, LEVELS, BlockFormat, halves, nibbles
+from .emit import I16, I32, Emitter, Value, vec
+from .matmul_blocks import ENTRY, LEVELS, BlockFormat, WideLevels, halves, nibbles
 from .matmul_float import gather
 from .matmul_tiles import LANES
-from .simd import concatenate, dot_quads
 
 __all__ = ["LEGACY_FORMATS", "LegacyFormat"]
 
@@ -78,31 +77,11 @@ class LegacyFormat(BlockFormat):
         return [halves(e, self._block(chunk, run) + 2 * LANES)]
 
 
-class Q8(LegacyFormat):
-    """Q8_0, with another way on x86 without VNNI, whose byte product saturates for levels of 8 bits."""
+class Q8(WideLevels, LegacyFormat):
+    """Q8_0."""
 
     def __init__(self) -> None:
         super().__init__(8, minimum=False)
-
-    def dot(self, e: Emitter, total: Value, levels: Value, quad: Value) -> Value:
-        """Levels times activations; |w| times sign(w) x where that saves widening both to 16 bits."""
-        if e.target.lowering not in _SIGN:
-            return super().dot(e, total, levels, quad)
-        name, width = _SIGN[e.target.lowering]
-        weights = levels ^ -128
-        parts = [range(i, i + width) for i in range(0, ENTRY, width)]
-        signed = [e.intrinsic(name, vec(I8, width), quad.shuffle(p), weights.shuffle(p)) for p in parts]
-        return dot_quads(e, total, e.abs(weights), concatenate(e, signed), below=129)
-
-    def start(self, e: Emitter, x: Value, sub: Value) -> Value:
-        """What a dot product starts from."""
-        if e.target.lowering not in _SIGN:
-            return super().start(e, x, sub)
-        return e.const(vec(I32, LANES), 0)
-
-
-# Lowering: the instruction that gives one vector the signs of another, and its bytes.
-_SIGN = {"avx2": ("llvm.x86.avx2.psign.b", 32), "sse41": ("llvm.x86.ssse3.psign.b.128", 16)}
 
 
 def _spread(e: Emitter, bits: Value) -> Value:
