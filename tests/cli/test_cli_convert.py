@@ -44,7 +44,7 @@ def test_options(tmp_path: Path) -> None:
         ([TINY / "config.json"], "takes a checkpoint's directory"),
         ([TINY.parent], "has no config.json"),
         ([TINY, "--outtype", "q4_km"], "did you mean Q4_K_M?"),
-        ([TINY, "--outtype", "iq4_xs"], "not made by this version"),
+        ([TINY, "--outtype", "iq2_xs"], "importance"),
         ([TINY, "--outfile", "no/such/x.gguf"], "no/such/x.gguf cannot be written"),
         ([TINY, "--outfile", TINY / "model.safetensors"], "is also an input"),
     ],

@@ -105,9 +105,11 @@ def assumed_importance(
     """For a dry run: every column matters as much; the plan and its size are those with a matrix from that text."""
     tokens = np.array([DEFAULT_CHUNK_SIZE])
     entries = {
-        tensor.name: Statistic(np.full((1, tensor.shape[-1]), tokens[0], np.float32), tokens)
+        tensor.name: Statistic(
+            np.full((tensor.matrices, tensor.shape[-1]), tokens[0], np.float32), tokens.repeat(tensor.matrices)
+        )
         for tensor in source.tensors
-        if tensor.name.startswith("blk.") and len(tensor.shape) == 2
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1
     }
     matrix = ImportanceMatrix(entries, 1, DEFAULT_CHUNK_SIZE, (str(text),))
     return Importance.chosen(matrix, str(text), include, exclude)

@@ -1,6 +1,6 @@
 """`phiquant quantize IN [OUT] TYPE [NTHREADS]`: a GGUF file, checkpoint or repository to GGUF of another type."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +8,13 @@ from phiquant.cli.conversion import ConversionBar, print_plan, print_report
 from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
 from phiquant.convert.overrides import parse_override
 from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
-from phiquant.convert.plan import plan_quantize
+from phiquant.convert.plan import Plan, plan_quantize
 from phiquant.convert.prune import parse_layers
 from phiquant.convert.run import execute
 from phiquant.convert.source import Source, open_source
 from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGMLType
+from phiquant.gguf.output import check_space
 
 __all__ = ["Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
 
@@ -70,19 +71,25 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None) -
     _check_importance(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     with open_source(parsed.model, quiet=options.quiet) as source:
-        importance = _importance(source, parsed, options)
-        plan = plan_quantize(
-            source,
-            parsed.target,
-            parsed.outfile,
-            chosen,
-            overrides=overrides,
-            allow_requantize=options.allow_requantize,
-            importance=importance,
-            prune=prune,
-            dry_run=options.dry_run,
-        )
-        plan = keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
+
+        def planned(importance: Importance | None) -> Plan:
+            plan = plan_quantize(
+                source,
+                parsed.target,
+                parsed.outfile,
+                chosen,
+                overrides=overrides,
+                allow_requantize=options.allow_requantize,
+                importance=importance,
+                prune=prune,
+                dry_run=options.dry_run,
+            )
+            return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
+
+        if options.calibrate is not None:
+            plan = _calibrated(source, options.calibrate, options, parsed.threads, planned)
+        else:
+            plan = planned(None if options.imatrix is None else _opened(options.imatrix, options))
         if options.dry_run:
             print_plan(plan)
             return 0
@@ -135,24 +142,35 @@ def _check_importance(options: QuantizeOptions) -> None:
                 )
 
 
-def _importance(source: Source, parsed: Arguments, options: QuantizeOptions) -> Importance | None:
-    if options.imatrix is not None:
-        return Importance.open(options.imatrix, options.include_weights, options.exclude_weights)
-    if options.calibrate is None:
-        return None
+def _opened(path: Path, options: QuantizeOptions) -> Importance:
+    return Importance.open(path, options.include_weights, options.exclude_weights)
+
+
+def _calibrated(
+    source: Source, text: Path, options: QuantizeOptions, threads: int, planned: Callable[[Importance | None], Plan]
+) -> Plan:
+    """The plan with importance collected from a text; whatever would be refused after that is refused before."""
     from phiquant.cli import calibration  # loads the engine, which quantizing does without
 
     include, exclude = options.include_weights, options.exclude_weights
+    plan = planned(calibration.assumed_importance(source, text, include=include, exclude=exclude))
     if options.dry_run:
-        return calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude)
-    return calibration.calibrated_importance(
-        source,
-        options.calibrate,
-        include=include,
-        exclude=exclude,
-        folder=Path.cwd() if parsed.outfile is None else parsed.outfile.absolute().parent,
-        threads=parsed.threads,
-        quiet=options.quiet,
+        return plan
+    if all(tensor.importance is None for tensor in plan.tensors):
+        raise RequestError(
+            f"--calibrate {text}: no type of {plan.path.name} depends on importance; leave the option out."
+        )
+    check_space(plan.path, plan.size)
+    return planned(
+        calibration.calibrated_importance(
+            source,
+            text,
+            include=include,
+            exclude=exclude,
+            folder=plan.path.absolute().parent,
+            threads=threads,
+            quiet=options.quiet,
+        )
     )
 
 

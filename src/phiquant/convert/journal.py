@@ -1,7 +1,7 @@
 """What an unfinished run has done, in a file beside its output, so that a later run goes on from there.
 
     {"plan": "<hash of everything that the output depends on>"}
-    {"tensor": "blk.0.attn_qkv.weight", "sha256": "..."}         one line for each tensor that is complete
+    {"tensor": "blk.0.attn_qkv.weight", "hash": "..."}           one line for each tensor that is complete
 
 A line is a claim, not a promise: whoever goes on computes the hash of what the unfinished file holds and believes only
 what agrees. So the order in which a disk writes after a power cut does not matter, and a line cut short is ignored.
@@ -75,13 +75,13 @@ class Journal:
                     self.found = True
                     return {}
                 if "tensor" in entry:
-                    done[str(entry["tensor"])] = bytes.fromhex(entry["sha256"])
+                    done[str(entry["tensor"])] = bytes.fromhex(entry["hash"])
         return done
 
     def note(self, tensor: str, digest: bytes) -> None:
         """A tensor is complete and has this hash; it is on the disk at the latest some seconds later."""
         with self._lock:
-            self._waiting.append(json.dumps({"tensor": tensor, "sha256": digest.hex()}))
+            self._waiting.append(json.dumps({"tensor": tensor, "hash": digest.hex()}))
             if monotonic() - self._last > _PAUSE:
                 self._flush()
 

@@ -13,7 +13,7 @@ from phiquant.convert.plan import Plan, checksum_entries
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.errors import GGUFError, WeightsError
 from phiquant.gguf import GGUFWriter, keys
-from phiquant.gguf.checksum import Checksum, Piece, Summed, pieces
+from phiquant.gguf.checksum import PREFIX, Checksum, Piece, Summed, pieces
 from phiquant.gguf.output import check_space
 
 __all__ = ["Output"]
@@ -116,8 +116,8 @@ class Output:
         recorded = next((entry.value for entry in self._plan.entries if entry.key == keys.CHECKSUM), None)
         if not isinstance(recorded, str):
             return
-        table, _, data = recorded.removeprefix("sha256:").partition(":")
-        own_table, _, own_data = text.removeprefix("sha256:").partition(":")
+        table, _, data = recorded.removeprefix(PREFIX).partition(":")
+        own_table, _, own_data = text.removeprefix(PREFIX).partition(":")
         if table == own_table and data != own_data:
             raise GGUFError(
                 f"{self._plan.source.files[0]} is damaged: its tensors are not those its checksum was made of; "

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from phiquant.convert.positioned import PositionedFile
 from phiquant.errors import GGUFError
 from phiquant.gguf import GGUFFile, TensorInfo, keys, open_model
-from phiquant.gguf.checksum import Checksum, Piece, Summed, pieces, table_hash
+from phiquant.gguf.checksum import PREFIX, Checksum, Piece, Summed, pieces, table_hash
 from phiquant.quants.validity import bad_blocks
 
 __all__ = ["Finding", "Verdict", "verify"]
@@ -168,7 +168,7 @@ def _compared(model: GGUFFile, checksum: Checksum) -> tuple[Recorded, list[Findi
     if not recorded:
         return "none", []
     tensors = [Summed(info.name, info.shape, info.type) for info in model.tensors.values()]
-    if not recorded.startswith(f"sha256:{table_hash(tensors)}:"):
+    if not recorded.startswith(f"{PREFIX}{table_hash(tensors)}:"):
         return "of another file", []
     if recorded == checksum.text():
         return "matches", []
