@@ -24,6 +24,7 @@ from phiquant.kernels.cpu.operation import NativeOp, Region
 from phiquant.kernels.cpu.target import Target
 from phiquant.kernels.ops import Weight
 from phiquant.kernels.reference.activations import activation_block, round_activations
+from phiquant.quants.iquants import d_iq1_m
 
 pytestmark = pytest.mark.cpu
 
@@ -44,12 +45,20 @@ def random_weight(kind: GGMLType, rows: int, columns: int, rng: np.random.Genera
         blocks[field] = rng.standard_normal(len(blocks)) * 0.01
     if kind is GGMLType.MXFP4:
         blocks["e"] = rng.integers(118, 125, len(blocks))  # others make all weights zero beside the largest
+    if kind is GGMLType.IQ1_M:
+        _set_unit(blocks, (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16))
     return Weight("w", kind, (rows, columns), data)
 
 
 def _units(dtype: np.dtype[Any]) -> list[str]:
     """The half-precision fields of a block."""
     return [name for name in ("d", "dmin", "m") if name in (dtype.names or ()) and dtype[name] == np.float16]
+
+
+def _set_unit(blocks: NDArray[np.void], unit: NDArray[np.float16]) -> None:
+    """The scale of IQ1_M, whose bits lie in the top nibbles of four words."""
+    for i in range(4):
+        blocks["scales"][:, i] = blocks["scales"][:, i] & 0xFFF | unit.view(np.uint16) >> (4 * i) << 12
 
 
 def operands(weight: Weight, x: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -142,10 +151,13 @@ def test_extremes_do_not_overflow(kind: GGMLType, sign: int, each_target: Target
         blocks = weight.data.view(quants.block_dtype(kind))
         kept = [*_units(blocks.dtype), *(["e"] if kind is GGMLType.MXFP4 else [])]
         units = {name: blocks[name].copy() for name in kept}
+        unit = d_iq1_m(blocks) if kind is GGMLType.IQ1_M else None
         rows = weight.data.reshape(32, -1)
         rows[:16], rows[16:] = 0xFF, 0x80 if kind is GGMLType.Q8_0 else 0
         for name, values in units.items():
             blocks[name] = values
+        if unit is not None:
+            _set_unit(blocks, unit)
     x = np.full((14, 512), sign, np.float32)
     out = product(machine, matmul.prepare(weight, threads=1, target=each_target), x, threads=2)
     dense, exact_x = operands(weight, x)
@@ -316,8 +328,8 @@ def test_refuses_what_does_not_fit(machine: Any) -> None:
 
 
 def test_refuses_types_without_a_kernel() -> None:
-    weight = Weight("blk.0.ffn_up.weight", GGMLType.IQ1_S, (1, 256), np.zeros(50, np.uint8))
-    with pytest.raises(UnsupportedError, match=r"blk\.0\.ffn_up\.weight has type IQ1_S"):
+    weight = Weight("blk.0.ffn_up.weight", GGMLType.I16, (1, 256), np.zeros(512, np.uint8))
+    with pytest.raises(UnsupportedError, match=r"blk\.0\.ffn_up\.weight has type I16"):
         matmul.prepare(weight)
     with pytest.raises(KernelError, match="not a matrix"):
         matmul.prepare(Weight("norm", GGMLType.F32, (4,), np.zeros(16, np.uint8)))

@@ -25,6 +25,8 @@ from .matmul_float import FloatFormat
 from .matmul_kquants import K_FORMATS
 from .matmul_lattice import LATTICE_FORMATS
 from .matmul_legacy import LEGACY_FORMATS
+from .matmul_points import POINT_FORMATS
+from .matmul_small import SMALL_FORMATS
 from .matmul_tables import TABLE_FORMATS
 from .matmul_tiles import LANES, Format
 from .operation import NativeOp, Region
@@ -34,7 +36,14 @@ from .team import available_threads
 
 __all__ = ["FORMATS", "Packed", "bind", "prepare", "scratch_bytes"]
 
-_GROUPS: tuple[Mapping[str, Format], ...] = (LEGACY_FORMATS, K_FORMATS, TABLE_FORMATS, LATTICE_FORMATS)
+_GROUPS: tuple[Mapping[str, Format], ...] = (
+    LEGACY_FORMATS,
+    K_FORMATS,
+    TABLE_FORMATS,
+    LATTICE_FORMATS,
+    SMALL_FORMATS,
+    POINT_FORMATS,
+)
 FORMATS: dict[GGMLType, Format] = {
     GGMLType.F32: FloatFormat("float"),
     GGMLType.F16: FloatFormat("half"),
