@@ -4,7 +4,8 @@ Contraction alone changes up to 2.5 % of the blocks of a K format. Required: 99 
 differ a total weighted error at most 1.001 times its. Measured when this was written (llama-cpp-python 0.3.36, GCC 12,
 x86-64): every byte of every input equal, but for MXFP4 blocks whose peak is below 2**-125: their exponent is negative,
 and llama.cpp converts it to a byte in a way that C leaves undefined (it wraps on x86 and stops at 0 on Arm; here it
-stops at 0). Theirs read as zeros then.
+stops at 0), theirs read as zeros then; and but for IQ3_S blocks in which weights follow 32 zeros: llama.cpp stores
+those weights' points and signs 32 places too early. Of both it is required that ours are not the worse.
 """
 
 import ctypes
@@ -112,12 +113,15 @@ def report(type: GGMLType, kind: str, equal: NDArray[np.bool_]) -> None:
 
 
 def comparable(type: GGMLType, x: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The blocks whose bytes C defines."""
+    """The blocks that llama.cpp writes as the format means them."""
     n = type.block_elements if type.is_quantized else 32
     peak = np.abs(x).reshape(-1, n).max(axis=1)
     if type is GGMLType.MXFP4:
         result: NDArray[np.bool_] = (peak == 0) | (peak >= 2.0**-125)
         return result
+    if type is GGMLType.IQ3_S:
+        empty = (x.reshape(-1, 8, 32) == 0).all(axis=2)
+        return ~(empty[:, :-1] & ~empty[:, 1:]).any(axis=1)
     return np.ones(len(peak), bool)
 
 

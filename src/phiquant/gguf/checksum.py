@@ -1,9 +1,9 @@
 """A checksum of a model's tensor data that can be computed while many threads write it, and lies in its metadata.
 
-A tree: each piece of a tensor (`pieces`) has a CRC-32 (4 bytes, little-endian), a tensor the SHA-256 of its pieces' sums
-one after the other, the model that of its tensors' hashes in the order of the file. Padding, metadata and the division
-into parts do not count. It is there to find damage: whoever changes weights on purpose can change it too, so that the
-pieces need no cryptographic hash, which would cost a fifth of the time of quantizing.
+A tree: each piece of a tensor (`pieces`) has a CRC-32 (4 bytes, little-endian), a tensor the SHA-256 of its pieces'
+sums one after the other, the model that of its tensors' hashes in the order of the file. Padding, metadata and the
+division into parts do not count. It is there to find damage: whoever changes weights on purpose can change it too, so
+that the pieces need no cryptographic hash, which would cost a fifth of the time of quantizing.
 
     phiquant.checksum            "crc32:TABLE:DATA"; 32 hexadecimal digits of the hash of the tensor table, 64 of the
                                  model's

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,9 +23,12 @@ from phiquant.kernels.cpu.emit import Emitter, Value
 from phiquant.kernels.cpu.quantize_iq1 import emit_iq1, iq1_tables
 from phiquant.kernels.cpu.quantize_kquants import emit_kquant
 from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments, Quantizer
+from phiquant.kernels.cpu.quantize_lattice import emit_lattice
 from phiquant.kernels.cpu.quantize_legacy import emit_floats, emit_legacy, emit_mean_squares
+from phiquant.kernels.cpu.quantize_neighbours import lattice_tables
 from phiquant.kernels.cpu.quantize_nonlinear import emit_nonlinear
 from phiquant.kernels.cpu.quantize_small import emit_small
+from phiquant.quants.lattice import LATTICES
 
 __all__ = ["FLOATS", "dequantize_rows", "quantize_rows"]
 
@@ -49,6 +52,7 @@ _QUANTIZERS: dict[GGMLType, Quantizer] = {
     ),
     **dict.fromkeys((GGMLType.IQ4_NL, GGMLType.IQ4_XS), Quantizer(emit_nonlinear)),
     **dict.fromkeys((GGMLType.IQ1_S, GGMLType.IQ1_M), Quantizer(emit_iq1, tables=iq1_tables)),
+    **{type: Quantizer(emit_lattice, tables=partial(lattice_tables, type)) for type in LATTICES},
 }
 """The compiled quantizer of every blocked type."""
 

@@ -5,12 +5,13 @@ microseconds a block.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
-from phiquant.quants import iquants, kquants, legacy, microscaling, small
+from phiquant.quants import iquants, kquants, lattice, legacy, microscaling, small
 from phiquant.quants.block import Blocks, Bytes, Floats, Format, Plane
 
 __all__ = [
@@ -28,7 +29,12 @@ __all__ = [
 ]
 
 _FAMILIES = (legacy.FORMATS, kquants.FORMATS, iquants.FORMATS, small.FORMATS, microscaling.FORMATS)
-_FORMATS = {entry.type: entry for family in _FAMILIES for entry in family}
+# The lattice quantizers read their formats' layouts, so they are joined to them here.
+_FORMATS = {
+    entry.type: replace(entry, quantize=lattice.QUANTIZERS.get(entry.type, entry.quantize))
+    for family in _FAMILIES
+    for entry in family
+}
 
 IMPORTANCE_IGNORED: frozenset[GGMLType] = frozenset(
     (
