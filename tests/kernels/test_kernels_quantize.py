@@ -2,7 +2,9 @@
 
 import ctypes
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import llvmlite.binding as llvm
 import ml_dtypes
@@ -347,3 +349,23 @@ def test_dequantize_refuses_what_does_not_fit():
         dequantize_rows(np.zeros(143, np.uint8), GGMLType.Q4_K, 1, 256)
     with pytest.raises(WeightsError, match="contiguous"):
         dequantize_rows(np.zeros((1, 288), np.uint8)[:, ::2], GGMLType.Q4_K, 1, 256)
+
+
+def test_tables_outlive_the_kernel_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not always those that a cache holds: two threads may make them at once."""
+    how = module._QUANTIZERS[GGMLType.IQ3_S]
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def tables() -> np.ndarray:
+        array = np.zeros(8, np.int32)
+        made.append(weakref.ref(array))
+        return array
+
+    def kernel(*arguments: int) -> None:
+        assert made[-1]() is not None
+        assert made[-1]().ctypes.data == arguments[-1]  # type: ignore[union-attr]
+
+    monkeypatch.setitem(module._QUANTIZERS, GGMLType.IQ3_S, replace(how, tables=tables))
+    monkeypatch.setattr(module, "_quantizer", lambda *_: kernel)
+    quantize_rows(np.zeros((1, 256), np.float32), GGMLType.F32, GGMLType.IQ3_S)
+    assert len(made) == 1

@@ -111,9 +111,19 @@ def quantize_rows(
             _mean_squares(source)(x.ctypes.data, squares.ctypes.data, rows, n)
         per_row = n // type.block_elements
         column_weights = 0 if weights is None else weights.ctypes.data
-        tables = how.tables().ctypes.data if how.tables else 0
+        # Held while the kernel runs: of threads that make the tables at the same time, only one's are kept by the cache.
+        tables = how.tables() if how.tables else np.empty(0, np.int32)
         kernel = _quantizer(type, source, weights is not None)
-        kernel(x.ctypes.data, out.ctypes.data, rows * per_row, per_row, column_weights, squares.ctypes.data, at, tables)
+        kernel(
+            x.ctypes.data,
+            out.ctypes.data,
+            rows * per_row,
+            per_row,
+            column_weights,
+            squares.ctypes.data,
+            at,
+            tables.ctypes.data,
+        )
     if flags.value and nonfinite == "raise":
         raise WeightsError(_complaint(x, source, type, int(flags.value)))
     return out
