@@ -111,7 +111,7 @@ def quantize_rows(
             _mean_squares(source)(x.ctypes.data, squares.ctypes.data, rows, n)
         per_row = n // type.block_elements
         column_weights = 0 if weights is None else weights.ctypes.data
-        # Held while the kernel runs: of threads that make the tables at the same time, only one's are kept by the cache.
+        # Held while the kernel runs: of threads that make them at the same time, only one's are kept by the cache.
         tables = how.tables() if how.tables else np.empty(0, np.int32)
         kernel = _quantizer(type, source, weights is not None)
         kernel(
