@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,41 @@ def test_backends_agree_on_quantized_models(path: Path, tmp_path: Path, type_: s
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64) - logits.max()
     return wide - np.log(np.exp(wide).sum())
+
+
+REPEATING = "The cat sat on the mat and the dog lay on the rug. " * 6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_speculation_changes_nothing_but_the_time(path: Path, llm: LLM, temperature: float) -> None:
+    request = {"max_tokens": 120, "temperature": temperature, "seed": 11}
+    with LLM.load(path, speculate=False) as plain, LLM.load(path, draft_model=path) as with_smaller:
+        for prompt in (REPEATING, PROMPT):
+            for stop in ((), ("the dog",)):
+                expected = plain.generate(prompt, stop=stop, **request)  # type: ignore[call-overload]
+                chunks = list(llm.generate(prompt, stop=stop, stream=True, **request))  # type: ignore[call-overload]
+                others = [chunks[-1].completion, with_smaller.generate(prompt, stop=stop, **request)]  # type: ignore[call-overload]
+                for found in others:
+                    assert (found.text, found.ids) == (expected.text, expected.ids)
+                    assert (found.finish_reason, found.usage.completion_tokens) == (
+                        expected.finish_reason,
+                        expected.usage.completion_tokens,
+                    )
+                assert "".join(chunk.text for chunk in chunks) == expected.text
+                assert all(len(chunk.ids) <= 1 for chunk in chunks)
+                assert expected.timings.drafted == 0
+
+
+def test_a_smaller_model_of_another_vocabulary_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = LLM.load.__func__  # type: ignore[attr-defined]
+
+    def other(cls: type[LLM], *arguments: object, **more: object) -> LLM:
+        loaded: LLM = load(cls, *arguments, **more)
+        vocabulary = loaded.tokenizer.vocabulary
+        if not more.get("speculate", True):
+            loaded.tokenizer.vocabulary = replace(vocabulary, tokens=[*vocabulary.tokens[:-1], "another"])
+        return loaded
+
+    monkeypatch.setattr(LLM, "load", classmethod(other))
+    with pytest.raises(RequestError, match="another vocabulary"):
+        LLM.load(path, draft_model=path)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant import arch
-from phiquant.engine import Engine, Finish, Sampling, TokenMask
+from phiquant.engine import Drafter, Engine, Finish, ModelDraft, PromptLookup, Sampling, TokenMask
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType, GGUFFile, open_model
@@ -67,12 +67,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, and tokens per second, of the prompt (up to the first token) and of what came after it."""
+    """Seconds, and tokens per second, of the prompt (up to the first token) and of what came after it.
+
+    `drafted` tokens were guessed, `accepted` of them were right.
+    """
 
     prompt_seconds: float
     decode_seconds: float
     prompt_per_second: float
     decode_per_second: float
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,22 @@ class LLM:
     """
 
     def __init__(
-        self, gguf: GGUFFile, config: arch.Phi3Config, tokenizer: Tokenizer, engine: Engine, backend: str
+        self,
+        gguf: GGUFFile,
+        config: arch.Phi3Config,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        backend: str,
+        *,
+        speculate: bool = True,
+        smaller: "LLM | None" = None,
     ) -> None:
         """For `load`."""
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.context = engine.context
         self.notes: list[str] = []
         self._gguf, self._engine = gguf, engine
+        self._speculate, self._smaller = speculate, smaller
         self._closed = False
 
     @classmethod
@@ -141,6 +155,8 @@ class LLM:
         cache_type: str = "f16",
         batch: int = 512,
         parallel: int = 1,
+        speculate: bool = True,
+        draft_model: str | os.PathLike[str] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> Self:
         """Open a GGUF file and make it ready.
@@ -154,12 +170,15 @@ class LLM:
             cache_type: element type of the key-value cache, "f16" or "f32".
             batch: most tokens of a step; prompts are computed in chunks of this size.
             parallel: most sequences of a step.
+            speculate: guess tokens where the text repeats itself and let the model check several at once, where that
+                is faster; what is generated is the same.
+            draft_model: a smaller model with the same vocabulary that guesses, too.
             progress: is told, in a line, what takes its time: the first start compiles kernels.
 
         Raises:
             FormatError: the file is broken.
             UnsupportedError: an architecture, a type or a backend that there is not.
-            RequestError: an argument makes no sense.
+            RequestError: an argument makes no sense; the vocabulary of the smaller model is another.
             KernelError: a kernel could not be made.
         """
         if cache_type not in CACHE_TYPES:
@@ -195,10 +214,45 @@ class LLM:
         except BaseException:
             gguf.close()
             raise
-        llm = cls(gguf, config, tokenizer, engine, chosen.name)
+        smaller = None
+        if speculate and draft_model is not None:
+            try:
+                smaller = cls._load_smaller(
+                    draft_model, tokenizer, context=context, threads=threads, backend=backend, cache_type=cache_type
+                )
+            except BaseException:
+                engine.close()
+                gguf.close()
+                raise
+        llm = cls(gguf, config, tokenizer, engine, chosen.name, speculate=speculate, smaller=smaller)
         if gpu_layers > 0:
             llm.notes.append("no GPU backend is installed, so all layers run on the CPU")
         return llm
+
+    @classmethod
+    def _load_smaller(
+        cls,
+        path: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        threads: int,
+        backend: str,
+        cache_type: str,
+    ) -> Self:
+        smaller = cls.load(
+            path, context=context, threads=threads, backend=backend, cache_type=cache_type, speculate=False
+        )
+        if list(smaller.tokenizer.vocabulary.tokens) != list(tokenizer.vocabulary.tokens):
+            smaller.close()
+            raise RequestError(f"the model that is to guess, {path}, has another vocabulary; its guesses mean nothing")
+        return smaller
+
+    def _drafters(self) -> list[Drafter]:
+        """Who guesses for a sequence."""
+        if not self._speculate:
+            return []
+        return [PromptLookup(), *([] if self._smaller is None else [ModelDraft(self._smaller._engine)])]
 
     @overload
     def generate(
@@ -248,7 +302,9 @@ class LLM:
         seed = secrets.randbits(64) if seed is None else seed
         sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        job = Job(ids, sampling, max_tokens=max_tokens, end_ids=self.tokenizer.eog_ids, mask=mask)
+        job = Job(
+            ids, sampling, max_tokens=max_tokens, end_ids=self.tokenizer.eog_ids, mask=mask, drafters=self._drafters()
+        )
         self._engine.check(job)
         chunks = self._chunks(job, seed, StopStrings([stop] if isinstance(stop, str) else stop))
         if stream:
@@ -311,6 +367,8 @@ class LLM:
         if not self._closed:
             self._closed = True
             self._engine.close()
+            if self._smaller is not None:
+                self._smaller.close()
             self._gguf.close()
 
     def __enter__(self) -> Self:
@@ -332,18 +390,20 @@ class LLM:
         """Submit the job and turn its tokens into text as they come."""
         stream = self.tokenizer.stream(continuation=self.tokenizer.continues(job.ids))
         pieces: list[str] = []
+        used = job.prompt_length  # tokens that became text; a step that guessed right may have brought more
         begin = first = time.perf_counter()
         self._engine.submit(job)
         try:
             done = False
             while not done:
-                seen = len(job.ids)
-                self._engine.advance(job, seen)
-                if seen == job.prompt_length:
-                    first = time.perf_counter()
-                new = tuple(job.ids[seen:])
+                if used == len(job.ids):
+                    self._engine.advance(job, used)
+                    if used == job.prompt_length:
+                        first = time.perf_counter()
+                new = tuple(job.ids[used : used + 1])
+                used += len(new)
                 text, done = stops.push("".join(map(stream.push, new)))
-                if job.finish is not None and not done:
+                if job.finish is not None and used == len(job.ids) and not done:
                     rest, done = stops.push(stream.finish())
                     text += rest if done else rest + stops.finish()
                     done = True
@@ -353,7 +413,8 @@ class LLM:
         finally:
             self._engine.cancel(job)
         finish: Finish = "stop" if stops.stopped is not None else job.finish or "cancelled"
-        count, fresh = len(job.generated), job.prompt_length - job.shared
+        ids = tuple(job.ids[job.prompt_length : used])
+        count, fresh = len(ids), job.prompt_length - job.shared
         usage = Usage(job.prompt_length, job.shared, count)
         prompt_seconds, decode_seconds = first - begin, time.perf_counter() - first
         timings = Timings(
@@ -361,6 +422,8 @@ class LLM:
             decode_seconds,
             fresh / max(prompt_seconds, 1e-9),
             (count - 1) / max(decode_seconds, 1e-9),
+            job.drafted,
+            job.accepted,
         )
-        whole = Completion("".join(pieces), tuple(job.generated), finish, usage, timings, seed)
+        whole = Completion("".join(pieces), ids, finish, usage, timings, seed)
         yield CompletionChunk(text, new, whole)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from phiquant.engine import Engine, Sampling, Sequence
+from phiquant.engine import Engine, ModelDraft, PromptLookup, Sampling, Sequence
+from phiquant.engine.draft import LONGEST, Pace
 from phiquant.errors import ContextError, KernelError, RequestError, TokenError
 from phiquant.kernels.ops import AttentionShape, Buffer, Capacity, Program, Step
 from phiquant.model import Regime
@@ -242,3 +243,133 @@ def test_closing_ends_those_that_wait() -> None:
     e.close()
     with pytest.raises(RequestError, match="closed"):
         e.advance(sequence, 1)
+
+
+class Guesser:
+    """Knows the truth, and says it with a chance."""
+
+    seconds = 0.0
+
+    def __init__(self, chance: float, border: int = 1 << 30) -> None:
+        self.chance, self.border, self.rng = chance, border, np.random.default_rng(1)
+        self.asked: list[int] = []
+
+    def draft(self, ids, most):
+        self.asked.append(most)
+        known = list(ids)
+        for _ in range(most):
+            known.append(following(known, len(known) > self.border))
+        wrong = self.rng.random(most) >= self.chance
+        return [(t + 1) % VOCABULARY if w else t for t, w in zip(known[len(ids) :], wrong, strict=True)]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """As many guesses as there may be, whatever steps take."""
+    monkeypatch.setattr(Pace, "guesses", lambda self, chance, seconds, most: max(most, 0))
+
+
+@pytest.mark.parametrize("chance", [0, 0.5, 0.9, 1])
+@pytest.mark.parametrize("border", [1 << 30, 40, 41, 47])
+@pytest.mark.usefixtures("eager")
+def test_the_same_tokens_come(chance, border):
+    e, checker = engine(border)
+    sequence = run(e, [1, 2, 3], 100, drafters=[Guesser(chance, border)])
+    assert sequence.generated == expected([1, 2, 3], 100, border)
+    assert (sequence.accepted == 0) == (chance == 0)
+    assert sequence.accepted <= sequence.drafted
+    if chance == 1 and border > 100:
+        assert sequence.accepted == sequence.drafted
+        assert len(checker.steps) == 1 + -(-99 // (LONGEST + 1))
+    # a later sequence goes on from what was computed, and no wrong guess is part of it
+    again = run(e, sequence.ids[:60], 20)
+    assert again.generated == expected(sequence.ids[:60], 20, border)
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_context_ends_where_it_ends():
+    e, _ = engine()
+    full = run(e, [3] * 100, None, drafters=[Guesser(1)])
+    assert (len(full.ids), full.finish) == (160, "length")
+    assert full.generated == expected([3] * 100, 60)
+
+
+@pytest.mark.usefixtures("eager")
+def test_an_end_token_among_the_guesses_ends_it():
+    e, _ = engine()
+    truth = expected([5, 6], 12)
+    end = truth[-1]
+    length = truth.index(end) + 1
+    sequence = run(e, [5, 6], 40, end_ids=frozenset({end}), drafters=[Guesser(1)])
+    assert (sequence.generated, sequence.finish) == (truth[:length], "stop")
+
+
+@pytest.mark.usefixtures("eager")
+def test_no_more_guesses_than_there_is_room_for():
+    e, checker = engine(tokens=4, outputs=3)
+    guesser = Guesser(1)
+    assert run(e, [1], 30, drafters=[guesser]).generated == expected([1], 30)
+    assert max(guesser.asked) == 2
+    assert max(len(s.tokens) for s in checker.steps) == 3
+
+
+@pytest.mark.usefixtures("eager")
+def test_whoever_shares_a_step_does_not_guess():
+    e, checker = engine(sequences=2, pages=20)
+    one, two = (Sequence([i], GREEDY, max_tokens=20, drafters=[Guesser(1)]) for i in (1, 2))
+    for sequence in (one, two):
+        e.submit(sequence)
+    for sequence in (one, two):
+        while sequence.finish is None:
+            e.advance(sequence, len(sequence.ids))
+    assert one.generated == expected([1], 20)
+    assert two.generated == expected([2], 20)
+    assert one.drafted == two.drafted == 0
+    assert max(len(s.tokens) for s in checker.steps) == 2
+
+
+@pytest.mark.usefixtures("eager")
+def test_masks_see_every_token_once():
+    class Even:
+        def __init__(self):
+            self.seen = []
+
+        def allowed(self):
+            return np.arange(VOCABULARY) % 2 == 0
+
+        def accept(self, token):
+            self.seen.append(token)
+
+    def generated(*drafters):
+        mask = Even()
+        sequence = run(engine()[0], [9], 25, mask=mask, drafters=drafters)
+        assert mask.seen == sequence.generated
+        return sequence.generated
+
+    assert generated() == generated(Guesser(0.7))
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_smaller_model_guesses():
+    e, checker = engine()
+    small = Checker(Capacity(tokens=24, outputs=1, sequences=1, page_tokens=16, pages=8, pages_per_sequence=8))
+    drafter = ModelDraft(Engine(small, TwoRegimes(), 120, NONE))
+    sequence = run(e, [4] * 30, 110, drafters=[drafter])
+    assert sequence.generated == expected([4] * 30, 110)
+    assert sequence.accepted == sequence.drafted > 60  # until its context ends
+    assert drafter.seconds > 0
+    assert len(checker.steps) < 50
+    assert drafter.draft([1] * 120, 3) == []
+
+
+@pytest.mark.usefixtures("eager")
+def test_chance_depends_on_the_position_alone():
+    sampled = Sampling(1.0, top_k=0, top_p=1, min_p=0, seed=3)
+    found = []
+    for drafters in ([], [PromptLookup()], [Guesser(0.3)]):
+        e, _ = engine()
+        sequence = Sequence([1, 2, 1, 2, 1, 2], sampled, max_tokens=60, drafters=drafters)
+        e.submit(sequence)
+        e.advance(sequence, 65)
+        found.append(sequence.generated)
+    assert found[0] == found[1] == found[2]

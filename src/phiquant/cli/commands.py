@@ -59,6 +59,17 @@ def run(
         str,
         Option("--gpu-layers", "--n-gpu-layers", "-ngl", metavar="N", help="Layers on the GPU, if a backend has one."),
     ] = "auto",
+    speculate: Annotated[
+        bool,
+        Option(
+            "--speculate/--no-speculate",
+            help="Guess where the text repeats itself and check several tokens at once; the text stays the same.",
+        ),
+    ] = True,
+    draft_model: Annotated[
+        Path | None,
+        Option("--draft-model", "-md", "--model-draft", metavar="FILE", help="A smaller model that guesses, too."),
+    ] = None,
     temp: Annotated[
         float, Option("--temp", "--temperature", metavar="T", min=0, help="Randomness; 0: always the likeliest token.")
     ] = 0.8,
@@ -104,6 +115,8 @@ def run(
         ctx_size=ctx_size,
         threads=threads,
         gpu_layers=gpu_layers,
+        speculate=speculate,
+        draft_model=draft_model,
         temperature=temp,
         top_k=top_k,
         top_p=top_p,

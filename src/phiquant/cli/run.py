@@ -34,6 +34,8 @@ class RunOptions:
     ctx_size: int = 4096
     threads: int = 0
     gpu_layers: str = "auto"
+    speculate: bool = True
+    draft_model: Path | None = None
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
@@ -78,6 +80,8 @@ def chosen_model(path: str | None, model: str | None) -> Path:
 def run(options: RunOptions) -> int:
     """Runs the model; returns the exit status."""
     layers = _gpu_layers(options.gpu_layers)
+    if options.draft_model is not None and not options.speculate:
+        raise WrongUsage("--draft-model guesses, and --no-speculate forbids it; give one")
     notices = Notices(quiet=options.quiet)
     prompt, complete = _prompt(options)
     from ..llm import LLM
@@ -87,6 +91,8 @@ def run(options: RunOptions) -> int:
         context=options.ctx_size,
         threads=max(options.threads, 0),
         gpu_layers=layers,
+        speculate=options.speculate,
+        draft_model=options.draft_model,
         progress=notices.progress,
     ) as llm:
         notices.clear()
@@ -196,6 +202,8 @@ def summary(completion: Completion) -> str:
     parts.append(f"generated {usage.completion_tokens} tokens")
     if usage.completion_tokens > 1:
         parts[-1] += f", {timings.decode_per_second:.1f} tokens/s"
+    if timings.accepted:
+        parts.append(f"{timings.accepted} of {timings.drafted} guesses right")
     peak = peak_bytes()
     if peak is not None:
         parts.append(f"peak memory {sized(peak)}")

@@ -5,13 +5,15 @@ one caller pays for no hand-over and several callers are batched (`advance`).
 """
 
 import threading
+import time
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageCache
+from phiquant.engine.draft import LONGEST, Pace
 from phiquant.engine.runner import Runner
-from phiquant.engine.sampler import sample
+from phiquant.engine.sampler import Sampling, sample
 from phiquant.engine.scheduler import Chunk, Scheduler
 from phiquant.engine.sequence import Sequence
 from phiquant.errors import ContextError, PhiquantError, RequestError, TokenError
@@ -41,6 +43,7 @@ class Engine:
         self._cache = PageCache(capacity.pages, capacity.page_tokens, executable.copy_page)
         self._scheduler = Scheduler(capacity, self._cache, rope)
         self._runner = Runner(executable, rope)
+        self._rope, self._pace = rope, Pace()
         self._lock = threading.Lock()
 
     def check(self, sequence: Sequence) -> None:
@@ -91,10 +94,15 @@ class Engine:
 
     def _step(self) -> None:
         """Every sequence is consistent if this is interrupted anywhere: what is not recorded is computed again."""
+        self._speculate()
         chunks = self._scheduler.plan()
         if not chunks:
             raise RequestError("the engine was asked to go on with a sequence that it does not know")
-        for chunk, logits in zip(chunks, self._runner.run(chunks), strict=True):
+        begin = time.perf_counter()
+        results = self._runner.run(chunks)
+        if len(chunks) == 1 and chunks[0].sequence.generated:
+            self._pace.timed(chunks[0].stop - chunks[0].start, time.perf_counter() - begin)
+        for chunk, logits in zip(chunks, results, strict=True):
             try:
                 self._take(chunk, logits)
             except PhiquantError as error:
@@ -103,8 +111,32 @@ class Engine:
             if chunk.sequence.finish is not None or chunk.sequence.error is not None:
                 self._scheduler.remove(chunk.sequence)
 
+    def _speculate(self) -> None:
+        """Let a sequence that has the step to itself guess what comes."""
+        if len(self._scheduler.running) != 1 or self._scheduler.waiting:
+            return
+        (sequence,) = self._scheduler.running
+        sequence.draft = ()
+        if not sequence.drafters or sequence.pending != 1 or not sequence.generated:
+            return
+        length, capacity = len(sequence.ids), self._executable.capacity
+        most = min(LONGEST, self.context - 1 - length, capacity.tokens - 1, capacity.outputs - 1)
+        if sequence.max_tokens is not None:
+            most = min(most, sequence.max_tokens - len(sequence.generated) - 1)
+        while most > 0 and self._rope.regime(length + most) is not self._rope.regime(length):
+            most -= 1  # beyond the border all keys are others
+        for drafter, odds in sequence.drafters:
+            count = self._pace.guesses(odds.chance, drafter.seconds, most)
+            if count == 0:
+                odds.idled()
+                continue
+            sequence.draft = tuple(drafter.draft(sequence.ids, count))
+            if sequence.draft:
+                sequence.odds = odds
+                return
+
     def _take(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
-        """Keep the logits, or sample the next token of the sequence."""
+        """Keep the logits, or sample the next token of the sequence, and more as long as they were guessed."""
         sequence, sampling = chunk.sequence, chunk.sequence.sampling
         if sampling is None:
             if sequence.logits is not None:
@@ -112,10 +144,21 @@ class Engine:
             if chunk.stop == len(sequence.ids):
                 sequence.finish = "stop"
             return
-        if len(logits) == 0:
-            return
+        right = 0
+        for row in logits:
+            token = self._next(sequence, sampling, row)
+            if sequence.finish is not None or right == len(chunk.draft) or token != chunk.draft[right]:
+                break
+            right += 1
+        if chunk.draft and sequence.odds is not None:
+            sequence.odds.drafted(len(chunk.draft), right)
+            sequence.drafted += len(chunk.draft)
+            sequence.accepted += right
+
+    def _next(self, sequence: Sequence, sampling: Sampling, logits: NDArray[np.float32]) -> int:
+        """Append the next token, and see whether it is the last."""
         allowed = None if sequence.mask is None else sequence.mask.allowed()
-        token = sample(logits[0], sequence.ids, sampling, unused=self._unused, allowed=allowed)
+        token = sample(logits, sequence.ids, sampling, unused=self._unused, allowed=allowed)
         if sequence.mask is not None:
             sequence.mask.accept(token)
         sequence.ids.append(token)
@@ -123,3 +166,4 @@ class Engine:
             sequence.finish = "stop"
         elif len(sequence.generated) == sequence.max_tokens or len(sequence.ids) >= self.context:
             sequence.finish = "length"
+        return token

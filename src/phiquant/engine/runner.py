@@ -35,7 +35,7 @@ class Runner:
             for chunk, begin in zip(chunks, begins, strict=False)
         ]
         return Step(
-            tokens=np.concatenate([np.array(c.sequence.ids[c.start : c.stop], np.int32) for c in chunks]),
+            tokens=np.concatenate([np.array(c.tokens, np.int32) for c in chunks]),
             positions=np.concatenate(positions),
             slots=np.repeat(np.arange(len(chunks), dtype=np.int32), [len(p) for p in positions]),
             pages=pages,

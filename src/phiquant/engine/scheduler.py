@@ -17,17 +17,23 @@ __all__ = ["Chunk", "Scheduler"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `stop` - 1 of a sequence, to be computed in one step."""
+    """Tokens `start` to `stop` - 1 of a sequence, to be computed in one step; the last ones may be guesses."""
 
     sequence: Sequence
     start: int
     stop: int
     regime: Regime
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens to be computed."""
+        return [*self.sequence.ids[self.start : self.stop], *self.draft]
 
     @property
     def outputs(self) -> range:
         """Positions whose logits are wanted: all, or the last one if the sequence ends here."""
-        if self.sequence.wants_all_logits:
+        if self.sequence.wants_all_logits or self.draft:
             return range(self.start, self.stop)
         return range(self.stop - 1, self.stop) if self.stop == len(self.sequence.ids) else range(0)
 
@@ -65,24 +71,26 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
             if sequence not in self.running:
                 continue  # it lost its pages to an older one
-            count = min(sequence.pending, tokens, outputs if sequence.wants_all_logits else tokens)
+            draft = sequence.draft if sequence.pending == 1 and len(self.running) == 1 else ()
+            count = min(sequence.pending + len(draft), tokens, outputs if sequence.wants_all_logits else tokens)
             if count == 0 or outputs == 0:
                 break
             if not self._make_room(sequence, count, [chunk.sequence for chunk in chunks]):
                 continue
             start = sequence.computed
-            chunk = Chunk(sequence, start, start + count, self._regimes[sequence])
+            chunk = Chunk(sequence, start, start + count, self._regimes[sequence], draft)
             chunks.append(chunk)
             tokens -= count
             outputs -= len(chunk.outputs)
         return chunks
 
     def computed(self, chunk: Chunk) -> None:
-        """The chunk's keys and values are in the cache."""
+        """The chunk's keys and values are in the cache; those of wrong guesses lie beyond what counts as computed."""
         sequence = chunk.sequence
         if sequence.table is not None:
-            self._cache.record(sequence.table, sequence.ids, chunk.start, chunk.stop)
-            sequence.computed = chunk.stop
+            stop = min(chunk.stop, len(sequence.ids) - 1) if chunk.draft else chunk.stop
+            self._cache.record(sequence.table, sequence.ids, chunk.start, stop)
+            sequence.computed = stop
 
     def _begin(self, sequence: Sequence) -> None:
         """Start with whatever the cache knows of it; where all logits are wanted, all must be computed."""

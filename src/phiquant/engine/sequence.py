@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageTable
+from phiquant.engine.draft import Drafter, Odds
 from phiquant.engine.sampler import Sampling, TokenMask
 from phiquant.errors import PhiquantError, RequestError
 
@@ -31,6 +32,9 @@ class Sequence:
         table: its pages; None while it waits.
         finish: why it ended: "stop" (an end token), "length" (max_tokens or the context), "cancelled"; None before.
         error: what went wrong with this sequence alone.
+        drafters: each with the odds of its guesses; the first that has a guess is asked.
+        draft: tokens guessed to follow `ids`, computed with the last of them; `odds` of whoever guessed them.
+        drafted, accepted: how many tokens were guessed so far, and how many of them were right.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Sequence:
         max_tokens: int | None = None,
         end_ids: frozenset[int] = frozenset(),
         mask: TokenMask | None = None,
+        drafters: Iterable[Drafter] = (),
     ) -> None:
         self.ids = [int(i) for i in prompt]
         self.prompt_length = len(self.ids)
@@ -54,6 +59,10 @@ class Sequence:
         self.table: PageTable | None = None
         self.finish: Finish | None = None
         self.error: PhiquantError | None = None
+        self.drafters = [(drafter, Odds()) for drafter in drafters]
+        self.draft: tuple[int, ...] = ()
+        self.odds: Odds | None = None
+        self.drafted = self.accepted = 0
 
     @property
     def pending(self) -> int:
