@@ -21,17 +21,14 @@ from numpy.typing import NDArray
 from phiquant import quants
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu import matmul
-from phiquant.kernels.cpu.emit import F32, I8, I32, I64, Emitter, Value, vec
-from phiquant.kernels.cpu.library import function
+from phiquant.kernels.cpu.limits import peak, reading
 from phiquant.kernels.cpu.operation import NativeOp, Region, aligned
-from phiquant.kernels.cpu.simd import dot_quads
 from phiquant.kernels.cpu.target import Target, host
 from phiquant.kernels.ops import Weight
 
 ROWS, COLUMNS = 3072, 3072
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 _KEPT: list[NDArray[np.int64]] = []  # numbers of columns that operations point to
-_SINK = np.zeros(4096, np.float32)
 
 
 class Team:
@@ -71,53 +68,6 @@ class Team:
             self.end.wait()
             took = time.perf_counter() - t
         return took
-
-
-def peak(kind: str, target: Target) -> tuple[NativeOp, float]:
-    """An operation that computes in registers only, and its operations per thread."""
-    rounds, chains = 1_000_000, 12
-    lanes = target.vector_bytes // 4
-
-    def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        element = I32 if kind == "dot" else F32
-        a = e.load(block + 8, vec(element, lanes))
-        sums = [e.var(e.load(block + 8 * c, vec(element, lanes))) for c in range(chains)]
-        with e.loop(0, rounds):
-            for s in sums:
-                if kind == "dot":
-                    # The operand changes every time, or its product would be computed once, before the loop.
-                    total, octets = s.get(), vec(I8, 4 * lanes)
-                    s.set(dot_quads(e, total, a.bits(octets), total.bits(octets), below=16))
-                else:
-                    s.set(e.fma(a, s.get(), s.get()))
-        for s in sums:
-            e.store(s.get(), e.load(block, I64) + thread * 4096)
-
-    block = np.zeros(64, np.int64)
-    block[0] = _SINK.ctypes.data
-    per_instruction = 2 * lanes * (4 if kind == "dot" else 1)
-    return NativeOp(function(f"bench.{kind}", 4, body, target), block, (_SINK,)), float(
-        rounds * chains * per_instruction
-    )
-
-
-def reading(data: NDArray[np.uint8], target: Target) -> NativeOp:
-    """An operation that reads memory once, in tickets of a megabyte."""
-
-    def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        at, total = e.load(block, I64), e.load(block + 8, I64)
-        sums = [e.var(e.const(vec(I32, 16), 0)) for _ in range(4)]
-        with e.forever() as done:
-            ticket = e.atomic_add(counter, 1)
-            done(ticket >= total)
-            base = at + ticket * (1 << 20)
-            with e.loop(0, 1 << 20, 256) as i:
-                for j, s in enumerate(sums):
-                    s.set(s.get() + e.load(base + i + 64 * j, vec(I32, 16), align=64))
-        e.store(sums[0].get() + sums[1].get() + sums[2].get() + sums[3].get(), e.load(block + 16, I64) + thread * 4096)
-
-    block = np.array([data.ctypes.data, data.size >> 20, _SINK.ctypes.data], np.int64)
-    return NativeOp(function("bench.read", 4, body, target), block, (data, _SINK))
 
 
 def weight(kind: GGMLType, rows: int, columns: int, rng: np.random.Generator) -> Weight:
@@ -163,12 +113,11 @@ def main() -> None:
     arguments = parser.parse_args()
     target, threads, rng = host(arguments.lowering), arguments.threads, np.random.default_rng(0)
     team, counts = Team(threads), [int(c) for c in arguments.columns.split(",")]
-    global _SINK
-    _SINK = np.zeros(1024 * (threads + 1), np.float32)
-    dot, dot_ops = peak("dot", target)
-    fma, fma_ops = peak("fma", target)
+    sink = aligned(4096 * threads)
+    dot, dot_ops = peak("dot", target, sink)
+    fma, fma_ops = peak("fma", target, sink)
     standard = _standard(target, threads, [n for n in counts if n > 8], rng)
-    memory = reading(aligned(256 << 20), target)
+    memory = reading(aligned(256 << 20), target, sink, prefetched=False)
     memory.keep[0][:] = 1
 
     def rate(f: Callable[[], float], amount: float) -> float:

@@ -20,8 +20,22 @@ DIRECT = {
     "engine": {"gguf", "quants", "arch", "kernels", "model"},
     "llm": {"gguf", "quants", "arch", "kernels", "model", "engine", "text"},
     "eval": {"llm"},
+    "bench": {"kernels", "llm"},
     "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
-    "cli": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine", "llm", "eval", "calibrate"},
+    "cli": {
+        "gguf",
+        "quants",
+        "arch",
+        "text",
+        "kernels",
+        "convert",
+        "model",
+        "engine",
+        "llm",
+        "eval",
+        "bench",
+        "calibrate",
+    },
 }
 OUTSIDE = {"__init__": {"llm"}, "__main__": {"cli"}}  # the package's own front doors
 ORACLES = {"torch", "transformers", "gguf", "openai", "mlx_lm", "llama_cpp"}  # for tests only

@@ -8,6 +8,7 @@ with LLM.load("phi.gguf") as llm:
         print(chunk.text, end="", flush=True)
 """
 
+import math
 import os
 import secrets
 import time
@@ -49,6 +50,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Iterable[str]
     mask: TokenMask | None
+    ignore_eos: bool
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,7 @@ class LLM:
         seed: int | None = None,
         stop: str | Iterable[str] = (),
         mask: TokenMask | None = None,
+        ignore_eos: bool = False,
         stream: bool = False,
     ) -> Completion | Iterator[CompletionChunk]:
         """Continue a prompt.
@@ -290,6 +293,7 @@ class LLM:
             seed: of chance; None for a new one, which the Completion tells.
             stop: strings that end the text and are not part of it.
             mask: constrains the tokens.
+            ignore_eos: go on where the model would end.
             stream: give an iterator of chunks instead, as they come; closing it ends the work.
 
         Raises:
@@ -302,9 +306,8 @@ class LLM:
         seed = secrets.randbits(64) if seed is None else seed
         sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        job = Job(
-            ids, sampling, max_tokens=max_tokens, end_ids=self.tokenizer.eog_ids, mask=mask, drafters=self._drafters()
-        )
+        ends = frozenset[int]() if ignore_eos else self.tokenizer.eog_ids
+        job = Job(ids, sampling, max_tokens=max_tokens, end_ids=ends, mask=mask, drafters=self._drafters())
         self._engine.check(job)
         chunks = self._chunks(job, seed, StopStrings([stop] if isinstance(stop, str) else stop))
         if stream:
@@ -361,6 +364,21 @@ class LLM:
             self._engine.cancel(job)
         assert job.logits is not None
         return job.logits
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self._engine.threads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's tensors in the file."""
+        return sum(tensor.nbytes for tensor in self._gguf.tensors.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in the model's tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self._gguf.tensors.values())
 
     def close(self) -> None:
         """Free threads and memory, and unmap the file; work that goes on elsewhere fails."""

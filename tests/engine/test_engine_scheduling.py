@@ -47,6 +47,7 @@ class Checker:
         self.steps: list[Step] = []
         self.fail_at = -1
         self.broken = False
+        self.threads = 1
 
     def run(self, step: Step) -> NDArray[np.float32]:
         step.check(self.program, self.capacity)

@@ -25,6 +25,7 @@ VERBS = {
     "split": "Divide a GGUF file into parts.",
     "merge": "Join the parts of a split model in one file.",
     "run": "Generate text, or chat, with a GGUF model.",
+    "bench": "Measure the speed of models, beside the machine's limits and llama-bench.",
     "verify": "Check a GGUF file: structure, weights, checksum.",
     "inspect": "Show what a GGUF file holds.",
     "doctor": "Show what this machine offers and what phiquant makes of it.",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-__all__ = ["convert", "doctor", "imatrix", "inspect", "merge", "quantize", "run", "split", "verify"]
+__all__ = ["bench", "convert", "doctor", "imatrix", "inspect", "merge", "quantize", "run", "split", "verify"]
 
 Threads = Annotated[
     int, Option("--threads", "-t", metavar="N", min=0, help="Processor threads; 0: all that the process may use.")
@@ -373,6 +373,73 @@ def merge(
     from . import split as body
 
     return body.merge(first, outfile, dry_run=dry_run, quiet=quiet)
+
+
+def bench(
+    model: Annotated[
+        list[Path] | None, Option("--model", "-m", metavar="FILE", help="A GGUF file; may be given several times.")
+    ] = None,
+    n_prompt: Annotated[
+        list[str] | None, Option("--n-prompt", "-p", metavar="N,...", help="Tokens of a prompt; 0: no such test.")
+    ] = None,
+    n_gen: Annotated[
+        list[str] | None, Option("--n-gen", "-n", metavar="N,...", help="Tokens to generate; 0: no such test.")
+    ] = None,
+    pg: Annotated[
+        list[str] | None, Option("-pg", metavar="PROMPT,GENERATED", help="A test of both, one after the other.")
+    ] = None,
+    n_depth: Annotated[
+        list[str] | None, Option("--n-depth", "-d", metavar="N,...", help="Tokens that are there before, not timed.")
+    ] = None,
+    batch_size: Annotated[
+        list[str] | None, Option("--batch-size", "-b", metavar="N,...", help="Most tokens of a step.")
+    ] = None,
+    threads: Annotated[
+        list[str] | None, Option("--threads", "-t", metavar="N,...", help="Threads; 0: all that the process may use.")
+    ] = None,
+    kv_type: Annotated[
+        list[str] | None, Option("--kv-type", "-ctk", metavar="TYPE,...", help="Of the key-value cache: f16, f32.")
+    ] = None,
+    ctx_size: Annotated[
+        int, Option("--ctx-size", "-c", metavar="N", min=0, help="Context; by default what the tests need.")
+    ] = 0,
+    repetitions: Annotated[
+        int, Option("--repetitions", "-r", metavar="N", min=1, help="Runs of each test, after one that does not count.")
+    ] = 5,
+    output: Annotated[str, Option("--output", "-o", metavar="FORM", help="md, json, jsonl or csv.")] = "md",
+    against: Annotated[
+        str | None,
+        Option("--against", metavar="llama-bench=PATH", help="Run llama.cpp's llama-bench in turns, and give ratios."),
+    ] = None,
+    limits: Annotated[
+        bool, Option("--limits/--no-limits", help="Measure what the machine can do at most, beside every run.")
+    ] = True,
+    quiet: Quiet = False,
+) -> int:
+    """Measure prompt (pp) and generation (tg) speed as llama-bench defines them; options take several values."""
+    from . import bench as body
+    from .failures import WrongUsage
+
+    if not model:
+        raise WrongUsage("no model is named: phiquant bench -m MODEL.gguf")
+    return body.bench(
+        body.BenchOptions(
+            models=model,
+            n_prompt=n_prompt or (),
+            n_gen=n_gen or (),
+            pg=pg or (),
+            n_depth=n_depth or (),
+            batch_size=batch_size or (),
+            threads=threads or (),
+            kv_type=kv_type or (),
+            ctx_size=ctx_size,
+            repetitions=repetitions,
+            output=output,
+            against=against,
+            limits=limits,
+            quiet=quiet,
+        )
+    )
 
 
 def verify(

@@ -46,6 +46,11 @@ class Engine:
         self._rope, self._pace = rope, Pace()
         self._lock = threading.Lock()
 
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self._executable.threads
+
     def check(self, sequence: Sequence) -> None:
         """Refuse, before any work, a sequence that cannot be computed: TokenError, ContextError."""
         vocabulary = self._executable.program.vocab_size

@@ -375,6 +375,10 @@ class Executable(Protocol):
     program: Program
     capacity: Capacity
 
+    @property
+    def threads(self) -> int:
+        """Threads that compute, the caller's included."""
+
     def run(self, step: Step) -> NDArray[np.float32]:
         """Execute; the logits [outputs, vocabulary], valid until the next run."""
 

@@ -38,6 +38,8 @@ class ReferenceBackend:
 class ReferenceExecutable:
     """A Program with its weights as float32 arrays and its cache; `ops.Executable` says what the methods do."""
 
+    threads = 1  # of ours; NumPy's own are its affair
+
     def __init__(self, program: ops.Program, capacity: ops.Capacity) -> None:
         self.program, self.capacity = program, capacity
         self._weights: dict[int, Floats] = {}
