@@ -265,3 +265,15 @@ def test_a_smaller_model_of_another_vocabulary_is_refused(path: Path, monkeypatc
     monkeypatch.setattr(LLM, "load", classmethod(other))
     with pytest.raises(RequestError, match="another vocabulary"):
         LLM.load(path, draft_model=path)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
+def test_running_from_the_file_itself_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
+    made = tmp_path / "x.gguf"
+    quantize(TINY, made, kind, quiet=True)
+    with LLM.load(made) as packed, LLM.load(made, pack=False) as direct:
+        ids = packed.tokenize(PROMPT)
+        assert np.array_equal(packed.logits(ids).view(np.uint32), direct.logits(ids).view(np.uint32))
+        assert direct.generate(PROMPT, max_tokens=3, temperature=0).ids == packed.generate(
+            PROMPT, max_tokens=3, temperature=0
+        ).ids

@@ -159,6 +159,7 @@ class LLM:
         parallel: int = 1,
         speculate: bool = True,
         draft_model: str | os.PathLike[str] | None = None,
+        pack: bool = True,
         progress: Callable[[str], None] | None = None,
     ) -> Self:
         """Open a GGUF file and make it ready.
@@ -175,6 +176,8 @@ class LLM:
             speculate: guess tokens where the text repeats itself and let the model check several at once, where that
                 is faster; what is generated is the same.
             draft_model: a smaller model with the same vocabulary that guesses, too.
+            pack: False runs from the mapped file itself: no second copy of the weights in memory and a quicker start,
+                for slower steps.
             progress: is told, in a line, what takes its time: the first start compiles kernels.
 
         Raises:
@@ -207,6 +210,7 @@ class LLM:
                 pages_per_sequence=pages,
                 cache_type=CACHE_TYPES[cache_type],
                 threads=threads,
+                pack=pack,
             )
             chosen = select(backend, progress)
             executable = chosen.prepare(record(config, load_weights(gguf, config)), capacity)

@@ -20,7 +20,7 @@ from phiquant.errors import KernelError, UnsupportedError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu import activations, library, matmul, matmul_tiles
 from phiquant.kernels.cpu.matmul_blocks import WideLevels
-from phiquant.kernels.cpu.operation import NativeOp, Region
+from phiquant.kernels.cpu.operation import NativeOp, Region, aligned
 from phiquant.kernels.cpu.target import Target
 from phiquant.kernels.ops import Weight
 from phiquant.kernels.reference.activations import activation_block, round_activations
@@ -90,11 +90,17 @@ def product(
     scratch = np.full(needed + 64, 0xA5, np.uint8)
     regions = machine.region(x, used), Region(out, 0)
     regions = regions[0], Region(out, regions[0].count)
-    bound = matmul.bind(packed, *regions, add=start is not None, scratch=scratch[:needed], threads=threads)
+    room = matmul.buffer_bytes(packed, threads)
+    buffers = aligned(room + 64)
+    buffers[:] = 0xA5
+    bound = matmul.bind(
+        packed, *regions, add=start is not None, scratch=scratch[:needed], threads=threads, buffers=buffers[:room]
+    )
     machine.run(*bound, threads=threads)
     assert np.isnan(around[:64]).all()
     assert np.isnan(around[64 + used * packed.rows :]).all()
     assert (scratch[needed:] == 0xA5).all()
+    assert (buffers[room:] == 0xA5).all()
     return out[:used]
 
 
@@ -333,3 +339,24 @@ def test_refuses_types_without_a_kernel() -> None:
         matmul.prepare(weight)
     with pytest.raises(KernelError, match="not a matrix"):
         matmul.prepare(Weight("norm", GGMLType.F32, (4,), np.zeros(16, np.uint8)))
+
+
+@every_type
+def test_unpacked_gives_the_same_bits(kind: GGMLType, each_target: Target, machine: Any) -> None:
+    rng = np.random.default_rng(5)
+    columns = 37 if kind.block_elements == 1 else 2 * max(256, kind.block_elements)
+    weight = random_weight(kind, 37, columns, rng)
+    panels = matmul.prepare(weight, target=each_target)
+    rows = matmul.prepare(weight, target=each_target, pack_now=False)
+    assert np.may_share_memory(rows.data, weight.data)
+    assert matmul.buffer_bytes(panels, 2) == 0
+    for count, threads in ((1, 1), (3, 2), (16, 2), (17, 2), (300, 1)):
+        x = rng.standard_normal((count, columns)).astype(np.float32)
+        start = rng.standard_normal((count, 37)).astype(np.float32)
+        expected = product(machine, panels, x, start=start, threads=threads)
+        found = product(machine, rows, x, start=start, threads=threads)
+        assert np.array_equal(found.view(np.uint32), expected.view(np.uint32)), count
+    region = machine.region(np.zeros((1, columns), np.float32), 1)
+    scratch = np.zeros(matmul.scratch_bytes(rows, 1), np.uint8)
+    with pytest.raises(KernelError, match="no room to pack panels"):
+        matmul.bind(rows, region, Region(np.zeros((1, 37), np.float32), region.count), add=False, scratch=scratch, threads=1)

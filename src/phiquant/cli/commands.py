@@ -70,6 +70,10 @@ def run(
         Path | None,
         Option("--draft-model", "-md", "--model-draft", metavar="FILE", help="A smaller model that guesses, too."),
     ] = None,
+    pack: Annotated[
+        bool,
+        Option("--pack/--no-pack", help="Bring weights into the fastest form, or run from the mapped file itself."),
+    ] = True,
     temp: Annotated[
         float, Option("--temp", "--temperature", metavar="T", min=0, help="Randomness; 0: always the likeliest token.")
     ] = 0.8,
@@ -117,6 +121,7 @@ def run(
         gpu_layers=gpu_layers,
         speculate=speculate,
         draft_model=draft_model,
+        pack=pack,
         temperature=temp,
         top_k=top_k,
         top_p=top_p,

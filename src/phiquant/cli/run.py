@@ -36,6 +36,7 @@ class RunOptions:
     gpu_layers: str = "auto"
     speculate: bool = True
     draft_model: Path | None = None
+    pack: bool = True
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
@@ -93,6 +94,7 @@ def run(options: RunOptions) -> int:
         gpu_layers=layers,
         speculate=options.speculate,
         draft_model=options.draft_model,
+        pack=options.pack,
         progress=notices.progress,
     ) as llm:
         notices.clear()

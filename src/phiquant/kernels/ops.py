@@ -290,6 +290,8 @@ class Capacity:
         pages_per_sequence: most pages of one sequence.
         cache_type: element type of the cache, F16 or F32.
         threads: native threads, the caller's included; 0 for as many as the process may use.
+        pack: bring the weights into the form that is fastest for the processor, once; or leave them in the mapped file,
+            which saves their memory and costs time in every step. Backends that need no other form do not care.
     """
 
     tokens: int = 512
@@ -300,6 +302,7 @@ class Capacity:
     pages_per_sequence: int = 64
     cache_type: GGMLType = GGMLType.F16
     threads: int = 0
+    pack: bool = True
 
     def __post_init__(self) -> None:
         sizes = (self.tokens, self.outputs, self.sequences, self.pages, self.page_tokens, self.pages_per_sequence)

@@ -105,10 +105,12 @@ class _Binder:
         self.packed = {key: self._pack(w) for key, w in weights.items()}
         needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
+        rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
+        self.buffers = aligned(max(rooms, default=0))
         self.bound = [self._bind(op) for op in program.operations]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
-        packed = matmul.prepare(weight, threads=self.threads)
+        packed = matmul.prepare(weight, threads=self.threads, pack_now=self.capacity.pack)
         if not np.may_share_memory(packed.data, weight.data):
             release(weight.data)  # or the model would be in memory twice
         self.report.arranged(weight.data.nbytes)
@@ -127,7 +129,15 @@ class _Binder:
                 return [rms_norm.bind(at["x"], op.weight.data.view(np.float32), op.epsilon, at["out"])]
             case ops.MatMul():
                 packed = self.packed[id(op.weight)]
-                return matmul.bind(packed, at["x"], at["out"], add=op.add, scratch=self.scratch, threads=self.threads)
+                return matmul.bind(
+                    packed,
+                    at["x"],
+                    at["out"],
+                    add=op.add,
+                    scratch=self.scratch,
+                    threads=self.threads,
+                    buffers=self.buffers,
+                )
             case ops.RotateStore():
                 return [rotate_store.bind(at["qkv"], at["q_out"], self.tables, self.cache, op.layer)]
             case ops.Attention():

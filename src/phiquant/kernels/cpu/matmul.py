@@ -30,11 +30,11 @@ from .matmul_small import SMALL_FORMATS
 from .matmul_tables import TABLE_FORMATS
 from .matmul_tiles import LANES, Format
 from .operation import NativeOp, Region
-from .pack import pack
+from .pack import SLACK, pack
 from .target import Target, host
 from .team import available_threads
 
-__all__ = ["FORMATS", "Packed", "bind", "prepare", "scratch_bytes"]
+__all__ = ["FORMATS", "Packed", "bind", "buffer_bytes", "prepare", "scratch_bytes"]
 
 _GROUPS: tuple[Mapping[str, Format], ...] = (
     LEGACY_FORMATS,
@@ -55,11 +55,12 @@ FORMATS: dict[GGMLType, Format] = {
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A matrix in panels of 16 interleaved rows, for the kernels of one target.
+    """A matrix in panels of 16 interleaved rows, for the kernels of one target; or as it is in the file.
 
     Attributes:
         name, type, rows, columns: of the Weight it was made from.
-        data: the panels, aligned to 64 bytes.
+        data: the panels, aligned to 64 bytes, or the rows.
+        panels: which of them.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Packed:
     columns: int
     data: NDArray[np.uint8]
     target: Target
+    panels: bool = True
 
     @property
     def format(self) -> Format:
@@ -75,13 +77,14 @@ class Packed:
         return FORMATS[self.type]
 
 
-def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None) -> Packed:
+def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None, pack_now: bool = True) -> Packed:
     """Repack a matrix; the Weight's bytes are not needed afterwards.
 
     Args:
         weight: a matrix [outputs, inputs].
         threads: threads to use, 0 for as many as the process may use.
         target: the processor, the host by default.
+        pack_now: False leaves the matrix as it is, to be packed piece by piece whenever it is multiplied.
 
     Raises:
         UnsupportedError: there is no kernel for the weight's type.
@@ -95,6 +98,8 @@ def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None) -
     target = target or host()
     f = FORMATS[weight.type]
     data = np.ascontiguousarray(weight.data)
+    if not pack_now:
+        return Packed(weight.name, weight.type, weight.rows, weight.columns, data.reshape(-1), target, panels=False)
     packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or available_threads())
     return Packed(weight.name, weight.type, weight.rows, weight.columns, packed, target)
 
@@ -105,8 +110,22 @@ def scratch_bytes(packed: Packed, rows: int) -> int:
     return -(-rows // padding) * padding * chunks * packed.format.activations.stride
 
 
+def buffer_bytes(packed: Packed, threads: int) -> int:
+    """Bytes that `bind` needs for panels that are made while they are multiplied; 0 if they are there."""
+    if packed.panels:
+        return 0
+    return threads * packed.format.panels(packed.target) * packed.format.panel_bytes(packed.columns) + SLACK
+
+
 def bind(
-    packed: Packed, x: Region, out: Region, *, add: bool, scratch: NDArray[np.uint8], threads: int
+    packed: Packed,
+    x: Region,
+    out: Region,
+    *,
+    add: bool,
+    scratch: NDArray[np.uint8],
+    threads: int,
+    buffers: NDArray[np.uint8] | None = None,
 ) -> list[NativeOp]:
     """The operations of out = W x, or with `add` of out += W x, for as many rows as x's count says.
 
@@ -117,11 +136,13 @@ def bind(
         add: whether to add to what `out` holds.
         scratch: at least `scratch_bytes(packed, x.capacity)`; free for others once the operations are done.
         threads: size of the team.
+        buffers: at least `buffer_bytes(packed, threads)`, aligned to 64 bytes; free for others as `scratch`.
 
     Raises:
         KernelError: a shape, an element type or a size does not fit.
     """
     f, target = packed.format, packed.target
+    buffers = np.empty(0, np.uint8) if buffers is None else buffers
     needed = scratch_bytes(packed, x.capacity)
     fits = (
         (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
@@ -130,6 +151,7 @@ def bind(
         (out.capacity >= x.capacity and x.count == out.count, "inputs and outputs differ in their number of rows"),
         (not np.may_share_memory(x.array, out.array), "inputs and outputs overlap"),
         (scratch.dtype == np.uint8 and scratch.flags.c_contiguous, "scratch memory must be contiguous bytes"),
+        (buffers.size >= buffer_bytes(packed, threads), "there is no room to pack panels"),
         (scratch.size >= needed, f"it needs {needed} bytes of scratch memory where there are {scratch.size}"),
     )
     for holds, complaint in fits:
@@ -137,7 +159,8 @@ def bind(
             raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
     rounding = function(f"activations.{form.name}", 4, activations.body(form), target)
-    multiply = function(f"matmul.{packed.type.name}", 4, matmul_tiles.body(f, target), target)
+    name = f"matmul.{packed.type.name}" + ("" if packed.panels else ".unpacked")
+    multiply = function(name, 4, matmul_tiles.body(f, target, packed=packed.panels), target)
     first = activations.ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=packed.columns)
     panels = -(-packed.rows // LANES)
     second = matmul_tiles.ARGUMENTS.pack(
@@ -150,10 +173,12 @@ def bind(
         panel_bytes=panel_bytes,
         ticket=_ticket_panels(panels, panel_bytes, threads),
         add=int(add),
+        row_bytes=packed.data.size // packed.rows,
+        buffers=buffers.ctypes.data,
     )
     return [
         NativeOp(rounding, first, (x.array, scratch)),
-        NativeOp(multiply, second, (packed.data, scratch, out.array)),
+        NativeOp(multiply, second, (packed.data, scratch, out.array, buffers)),
     ]
 
 

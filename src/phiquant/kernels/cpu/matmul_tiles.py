@@ -7,6 +7,9 @@ few columns   memory bound. A ticket is about a megabyte of panels; weights are 
 many columns  bound by the dot product. A ticket is some panels times a block of columns; a chunk of 256 weights of each
               row is unpacked once into the first-level cache and meets all columns of the block, tile by tile, whose
               sums wait in the same cache between chunks.
+
+A matrix may also stay as the file has it ("unpacked"): a panel is then made in a buffer of the thread before it is
+multiplied, which costs time in every step and saves the memory of the panels.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ LANES = 16  # rows of a panel
 FEW = 16  # up to so many columns weights are unpacked in registers, once for each tile
 BLOCK = 264  # most columns that share an unpacked chunk; a multiple of every tile
 
-ARGUMENTS = Arguments("count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add")
+ARGUMENTS = Arguments(
+    "count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add", "row_bytes", "buffers"
+)
 
 Floats = list[list[Value]]  # [panel][column] of float32 × 16
 
@@ -73,8 +78,12 @@ class Format(ABC):
         """Emit the same for one panel as it is stored."""
 
 
-def body(f: Format, target: Target) -> Callable[..., None]:
-    """The kernel of a format: out [count, rows] (+)= x [count, columns] times the transposed weights."""
+def body(f: Format, target: Target, *, packed: bool = True) -> Callable[..., None]:
+    """The kernel of a format: out [count, rows] (+)= x [count, columns] times the transposed weights.
+
+    `weights` are panels, or with `packed` false rows of the file; `buffers` then holds as many panels for each thread
+    as a tile has.
+    """
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         a = dict(zip(ARGUMENTS.names, ARGUMENTS.read_all(e, block), strict=True))
@@ -83,6 +92,10 @@ def body(f: Format, target: Target) -> Callable[..., None]:
         a["chunks"] = (a["columns"] + (CHUNK - 1)).udiv(CHUNK)
         a["panels"] = (a["rows"] + (LANES - 1)).udiv(LANES)
         a["count"] = count
+        if packed:
+            del a["buffers"]
+        else:
+            a["buffers"] = a["buffers"] + thread * f.panels(target) * a["panel_bytes"]
         with e.choose(count <= FEW) as (yes, no):
             with yes:
                 _few(e, f, a, counter)
@@ -92,6 +105,16 @@ def body(f: Format, target: Target) -> Callable[..., None]:
     return kernel
 
 
+def _stored(e: Emitter, f: Format, a: dict[str, Value], panel: Value, slot: int = 0) -> Value:
+    """Where a panel is, once it has been made if there is none."""
+    if "buffers" not in a:
+        return a["weights"] + panel * a["panel_bytes"]
+    rows = [a["weights"] + e.min(panel * LANES + i, a["rows"] - 1) * a["row_bytes"] for i in range(LANES)]
+    buffer = a["buffers"] + slot * a["panel_bytes"]
+    f.pack(e, rows, buffer, a["columns"])
+    return buffer
+
+
 def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
     wide, count = f.few_tile(e.target), a["count"]
     edge = e.scratch(4 * LANES * wide)
@@ -99,22 +122,25 @@ def _few(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
     with tickets(e, counter, (a["panels"] + a["ticket"] - 1).udiv(a["ticket"])) as ticket:
         first = ticket * a["ticket"]
         with e.loop(first, e.min(first + a["ticket"], a["panels"])) as panel:
+            stored = _stored(e, f, a, panel)
             # A tile computes what is beyond the last column rather than leave three, but does not write it.
             start: Value = (count + (1 if wide > 2 else 0)).udiv(wide) * wide
             with e.loop(0, start, wide) as column:
-                _few_tile(e, f, a, panel, column, wide, edge)
+                _few_tile(e, f, a, stored, panel, column, wide, edge)
             if wide > 2:
                 pair = e.max(start, start + ((count - start) & ~1))
                 with e.loop(start, pair, 2) as column:
-                    _few_tile(e, f, a, panel, column, 2, edge)
+                    _few_tile(e, f, a, stored, panel, column, 2, edge)
                 start = pair
             with e.loop(start, count) as column:
-                _few_tile(e, f, a, panel, column, 1, edge)
+                _few_tile(e, f, a, stored, panel, column, 1, edge)
 
 
-def _few_tile(e: Emitter, f: Format, a: dict[str, Value], panel: Value, column: Value, n: int, edge: Value) -> None:
+def _few_tile(
+    e: Emitter, f: Format, a: dict[str, Value], weights: Value, panel: Value, column: Value, n: int, edge: Value
+) -> None:
     stride = f.activations.stride
-    weights, x = a["weights"] + panel * a["panel_bytes"], a["x"] + column * stride
+    x = a["x"] + column * stride
     zero = e.const(vec(F32, LANES), 0.0)
     sums = [e.var(zero) for _ in range(n)]
     with e.loop(0, a["chunks"]) as chunk:
@@ -148,7 +174,7 @@ def _many(e: Emitter, f: Format, a: dict[str, Value], counter: Value) -> None:
         tiles = (columns + (tile - 1)).udiv(tile)
         # An odd last panel is computed twice and written once.
         mine = [e.min(first_panel + p, a["panels"] - 1) for p in range(panels)]
-        weights = [a["weights"] + p * a["panel_bytes"] for p in mine]
+        weights = [_stored(e, f, a, panel, slot) for slot, panel in enumerate(mine)]
         zero = e.const(vec(F32, LANES), 0.0)
         with e.loop(0, tiles * tile_bytes, 64) as i:
             e.store(zero, total + i, align=64)

@@ -15,7 +15,7 @@ from .matmul_tiles import LANES, Format
 from .operation import Arguments, aligned, tickets
 from .target import Target
 
-__all__ = ["call", "pack"]
+__all__ = ["SLACK", "call", "pack"]
 
 _ARGUMENTS = Arguments("weights", "out", "rows", "columns", "row_bytes", "panel_bytes")
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
