@@ -86,7 +86,7 @@ def table(profile: Profile, rows: int, limits: Limits) -> None:
         bound = ""
         if name in profile.work:
             operations, nbytes = profile.work[name]
-            outputs = 1 if "output" == name.split()[1] or "token_embd" in name else rows
+            outputs = 1 if name.split()[1] == "output" or "token_embd" in name else rows
             if rows > 16 and outputs > 1:
                 bound = f"{operations * outputs / seconds / dot:.0%} of the dot products"
             else:

@@ -274,6 +274,7 @@ def test_running_from_the_file_itself_gives_the_same_bits(tmp_path: Path, kind: 
     with LLM.load(made) as packed, LLM.load(made, pack=False) as direct:
         ids = packed.tokenize(PROMPT)
         assert np.array_equal(packed.logits(ids).view(np.uint32), direct.logits(ids).view(np.uint32))
-        assert direct.generate(PROMPT, max_tokens=3, temperature=0).ids == packed.generate(
-            PROMPT, max_tokens=3, temperature=0
-        ).ids
+        assert (
+            direct.generate(PROMPT, max_tokens=3, temperature=0).ids
+            == packed.generate(PROMPT, max_tokens=3, temperature=0).ids
+        )

@@ -359,4 +359,6 @@ def test_unpacked_gives_the_same_bits(kind: GGMLType, each_target: Target, machi
     region = machine.region(np.zeros((1, columns), np.float32), 1)
     scratch = np.zeros(matmul.scratch_bytes(rows, 1), np.uint8)
     with pytest.raises(KernelError, match="no room to pack panels"):
-        matmul.bind(rows, region, Region(np.zeros((1, 37), np.float32), region.count), add=False, scratch=scratch, threads=1)
+        matmul.bind(
+            rows, region, Region(np.zeros((1, 37), np.float32), region.count), add=False, scratch=scratch, threads=1
+        )
