@@ -24,7 +24,8 @@ from phiquant import arch
 from phiquant.engine import Drafter, Engine, Finish, ModelDraft, PromptLookup, Sampling, TokenMask
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
-from phiquant.gguf import GGMLType, GGUFFile, open_model
+from phiquant.gguf import GGUFFile, open_model
+from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.ops import Capacity
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
@@ -35,7 +36,6 @@ __all__ = ["LLM", "Completion", "CompletionChunk", "Options", "Timings", "Usage"
 PAGE_TOKENS: Final = 64
 # Logits of a step take at most this many bytes; tokens beyond go into the next step.
 LOGITS_BYTES: Final = 1 << 27
-CACHE_TYPES: Final = {"f16": GGMLType.F16, "f32": GGMLType.F32}
 
 
 class Options(TypedDict, total=False):
@@ -170,7 +170,8 @@ class LLM:
             threads: native threads; 0 for as many as the process may use.
             gpu_layers: how many layers to put on a GPU; while there is no backend for one, `notes` says so.
             backend: "auto" (the best that this machine can run), "cpu" or "reference".
-            cache_type: element type of the key-value cache, "f16" or "f32".
+            cache_type: element type of the key-value cache: "f16", "f32", or quantized and thereby smaller, "q8_0" or
+                "q4_0", of models whose heads are a multiple of 32 channels.
             batch: most tokens of a step; prompts are computed in chunks of this size.
             parallel: most sequences of a step.
             speculate: guess tokens where the text repeats itself and let the model check several at once, where that

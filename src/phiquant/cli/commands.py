@@ -31,6 +31,7 @@ Resume = Annotated[
 MaxMemory = Annotated[
     str | None, Option("--max-memory", metavar="SIZE", help="Memory to stay within, such as 500M; 1.5G by default.")
 ]
+_CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by verbs that run models alone
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 
 
@@ -52,6 +53,17 @@ def run(
     ctx_size: Annotated[
         int, Option("--ctx-size", "-c", metavar="N", min=0, help="Tokens kept in mind; 0: all that the model can.")
     ] = 4096,
+    cache_type: Annotated[
+        str,
+        Option(
+            "--cache-type",
+            "--kv-type",
+            "--cache-type-k",
+            "-ctk",
+            metavar="TYPE",
+            help=f"Of the key-value cache: {_CACHE_TYPES}.",
+        ),
+    ] = "f16",
     threads: Annotated[
         int, Option("--threads", "-t", metavar="N", help="Processor threads; 0 or less: all that the process may use.")
     ] = 0,
@@ -117,6 +129,7 @@ def run(
         system_prompt=system_prompt,
         n_predict=n_predict,
         ctx_size=ctx_size,
+        cache_type=cache_type,
         threads=threads,
         gpu_layers=gpu_layers,
         speculate=speculate,
@@ -403,7 +416,10 @@ def bench(
         list[str] | None, Option("--threads", "-t", metavar="N,...", help="Threads; 0: all that the process may use.")
     ] = None,
     kv_type: Annotated[
-        list[str] | None, Option("--kv-type", "-ctk", metavar="TYPE,...", help="Of the key-value cache: f16, f32.")
+        list[str] | None,
+        Option(
+            "--kv-type", "--cache-type", "-ctk", metavar="TYPE,...", help=f"Of the key-value cache: {_CACHE_TYPES}."
+        ),
     ] = None,
     ctx_size: Annotated[
         int, Option("--ctx-size", "-c", metavar="N", min=0, help="Context; by default what the tests need.")

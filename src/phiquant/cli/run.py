@@ -32,6 +32,7 @@ class RunOptions:
     system_prompt: str | None = None
     n_predict: int = -1
     ctx_size: int = 4096
+    cache_type: str = "f16"
     threads: int = 0
     gpu_layers: str = "auto"
     speculate: bool = True
@@ -90,6 +91,7 @@ def run(options: RunOptions) -> int:
     with LLM.load(
         options.model,
         context=options.ctx_size,
+        cache_type=options.cache_type,
         threads=max(options.threads, 0),
         gpu_layers=layers,
         speculate=options.speculate,

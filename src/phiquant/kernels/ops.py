@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import ContextError, KernelError, TokenError, WeightsError
 from ..gguf.types import GGMLType
+from .cache_types import check_cache
 
 __all__ = [
     "Attention",
@@ -288,7 +289,7 @@ class Capacity:
         pages: pages of the key-value cache.
         page_tokens: tokens of a page; a multiple of 16.
         pages_per_sequence: most pages of one sequence.
-        cache_type: element type of the cache, F16 or F32.
+        cache_type: element type of the cache, one of `CACHE_TYPES`; heads are quantized one by one.
         threads: native threads, the caller's included; 0 for as many as the process may use.
         pack: bring the weights into the form that is fastest for the processor, once; or leave them in the mapped file,
             which saves their memory and costs time in every step. Backends that need no other form do not care.
@@ -308,8 +309,7 @@ class Capacity:
         sizes = (self.tokens, self.outputs, self.sequences, self.pages, self.page_tokens, self.pages_per_sequence)
         if min(sizes) < 1 or self.threads < 0 or self.page_tokens % 16:
             raise KernelError(f"impossible capacity: {self}")
-        if self.cache_type not in (GGMLType.F16, GGMLType.F32):
-            raise KernelError(f"the cache cannot hold {self.cache_type.name}; it can hold F16 and F32")
+        check_cache(self.cache_type)
 
 
 @dataclass(frozen=True, eq=False)

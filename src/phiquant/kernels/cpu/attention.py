@@ -7,6 +7,9 @@ the tile. Keys are taken in blocks of 64 at absolute positions; for each block a
     softmax     m' = max(m, max s), p = exp(s - m'), l' = l exp(m - m') + Σ p
     results     channels in the lanes, keys one after the other          o'[r] = o[r] exp(m - m') + Σ_k p[r, k] V[k]
 
+Where the cache has scales, a scale multiplies the sum over its 32 channels of a key, and p is multiplied by the scales
+of the values before it meets them: a multiplication for each token and block, and not for each channel.
+
 What a row computes depends on its own position only: a block that it cannot see is left out or contributes exactly
 nothing (p = 0 and m' = m), so tiles, chunks, threads, neighbours and page numbers never change a bit of the result.
 """
@@ -21,10 +24,11 @@ from numpy.typing import NDArray
 
 from ...errors import KernelError
 from .cache import KVCache, StepTables
-from .emit import F32, I16, I32, I64, Emitter, Value, vec
+from .cache_elements import Elements
+from .emit import F32, I32, I64, Emitter, Value, Variable, vec
 from .library import function
 from .operation import Arguments, NativeOp, Region, StepHeader, aligned, tickets
-from .simd import exp, half_to_float, multiply_add, reduce
+from .simd import exp, multiply_add, reduce
 from .target import Target, host
 
 __all__ = ["HEAD_SIZES", "bind", "scratch", "tile"]
@@ -90,8 +94,15 @@ def _rows(cache: KVCache) -> int:
 
 def _scratch_bytes(cache: KVCache) -> int:
     rows, size = _rows(cache), cache.shape.head_size
-    used = 4 * rows * (2 * size + _BLOCK + _GROUP + 3) + 2 * 8 * _GROUPS
+    used = 4 * rows * (2 * size + _BLOCK + _GROUP + 3) + 8 * _GROUPS * _tables(cache.elements)
+    if cache.elements.block:
+        used += 4 * _BLOCK * _MOST_ROWS * (size // cache.elements.block)
     return -(-used // 256) * 256 + 64  # not a power of two, so that threads do not share cache sets
+
+
+def _tables(elements: Elements) -> int:
+    """Addresses for each group of keys: of the keys and the values, and of the scales of both."""
+    return 4 if elements.block else 2
 
 
 def scratch(cache: KVCache, threads: int) -> NDArray[np.uint8]:
@@ -137,8 +148,8 @@ def bind(
         scale=int(np.float32(shape.scale).view(np.int32)), window=shape.window or _UNLIMITED,
         scratch=memory.ctypes.data, scratch_bytes=_scratch_bytes(cache), rows=_rows(cache),
     )  # fmt: skip
-    name = f"attention_{'f16' if cache.half else 'f32'}_{shape.head_size}"
-    kernel = function(name, 4, _emitter(shape.head_size, cache.half), target or host())
+    name = f"attention_{cache.elements.name}_{shape.head_size}"
+    kernel = function(name, 4, _emitter(shape.head_size, cache.elements), target or host())
     return NativeOp(kernel, block, (q, out, tables, header, cache, memory))
 
 
@@ -159,14 +170,15 @@ _PASSES = {
     "sse41": (_Pass(2, 1), _Pass(1, 2)),
     "generic": (_Pass(2, 1), _Pass(1, 2)),
 }
+_MOST_ROWS = max(p.rows for passes in _PASSES.values() for p in passes)
 
 
 class _Kernel:
     """Emits the body for one head size and element type; holds the addresses that its parts share."""
 
-    def __init__(self, e: Emitter, head_size: int, half: bool, block: Value, thread: Value) -> None:
-        self.e, self.size, self.half = e, head_size, half
-        self.bytes = 2 if half else 4
+    def __init__(self, e: Emitter, head_size: int, elements: Elements, block: Value, thread: Value) -> None:
+        self.e, self.size, self.elements = e, head_size, elements
+        self.channels = elements.block or head_size  # that have one scale, or none
         self.lanes = e.target.vector_bytes // 4
         self.vector = vec(F32, self.lanes)
         self.accumulators = 24 if e.target.lowering in ("avx512vnni", "neon") else 12
@@ -175,19 +187,14 @@ class _Kernel:
         rows = self.a["rows"]
         at = self.a["scratch"] + thread * self.a["scratch_bytes"]
         self.tables = at
-        self.q = at + 2 * 8 * _GROUPS
+        self.q = at + 8 * _GROUPS * _tables(elements)
         self.results = self.q + 4 * head_size * rows
         self.p = self.results + 4 * head_size * rows
         self.sums = self.p + 4 * _BLOCK * rows
         self.highest = self.sums + 4 * _GROUP * rows
         self.factors = self.highest + 4 * rows
         self.places = self.factors + 4 * rows
-
-    def load(self, address: Value) -> Value:
-        """One vector of cache elements as float32."""
-        if not self.half:
-            return self.e.load(address, self.vector)
-        return half_to_float(self.e, self.e.load(address, vec(I16, self.lanes)))
+        self.scaled = self.places + 4 * rows  # p times the scales of the values, of the rows of a pass
 
     def run(self, tile: Value, head: Value) -> None:
         """One ticket."""
@@ -240,8 +247,12 @@ class _Kernel:
             page = e.load(table + 4 * (at // a["page_tokens"]), I32).sext(I64)
             within = at % a["page_tokens"]
             keys = a["cache"] + page * a["page_bytes"] + 2 * head * a["plane_bytes"]
-            e.store(keys + self.bytes * within, self.tables + 8 * g)
-            e.store(keys + a["plane_bytes"] + self.bytes * self.size * within, self.tables + 8 * (_GROUPS + g))
+            token = self.elements.token_bytes(self.size)
+            e.store(keys + self.elements.key_bytes * within, self.tables + 8 * g)
+            e.store(keys + a["plane_bytes"] + token * within, self.tables + 8 * (_GROUPS + g))
+            if self.elements.block:
+                for i, plane in ((2, keys), (3, keys + a["plane_bytes"])):
+                    e.store(plane + token * a["page_tokens"] + 2 * within, self.tables + 8 * (i * _GROUPS + g))
 
     def _pass(self, p: _Pass, row: Value, block: Value) -> None:
         e = self.e
@@ -254,33 +265,61 @@ class _Kernel:
                     self._scores(p, row, g)
             with e.loop(0, p.rows) as r:
                 self._softmax(row + r, block)
+            if self.elements.block:
+                self._scale_weights(p, row)
             self._results(p, row, block, start - block, stop - block)
 
     def _scores(self, p: _Pass, row: Value, group: int) -> None:
         """p[r, k] = q[r] · K[:, k] for some groups of the block."""
-        e, per_group = self.e, _GROUP // self.lanes
-        stride = self.bytes * self.a["page_tokens"]
+        e, x = self.e, self.elements
         planes = [e.load(self.tables + 8 * (group + g), I64) for g in range(p.groups)]
         q = self.q + 4 * self.size * row
-        n = p.groups * per_group
-        totals = [[e.var(e.const(self.vector, 0.0)) for _ in range(n)] for _ in range(p.rows)]
-        unroll = 4
-        with e.loop(0, self.size, unroll) as d0:
+        starts = [_GROUP * g + self.lanes * i for g in range(p.groups) for i in range(_GROUP // self.lanes)]
+
+        def place(r: int, start: int) -> Value:
+            return self.p + 4 * _BLOCK * (row + r) + 4 * (_GROUP * group + start)
+
+        if not x.block:
+            for r, totals in enumerate(self._products(p, planes, q)):
+                for start, total in zip(starts, totals, strict=True):
+                    e.store(total.get(), place(r, start))
+            return
+        scales = [e.load(self.tables + 8 * (2 * _GROUPS + group + g), I64) for g in range(p.groups)]
+        for r in range(p.rows):
+            for start in starts:
+                e.store(e.const(self.vector, 0.0), place(r, start))
+        stride = x.token_bytes(x.block) * self.a["page_tokens"]
+        with e.loop(0, self.size // x.block) as i:
+            found = self._products(p, [plane + i * stride for plane in planes], q + 4 * x.block * i)
+            factors = [
+                x.scales(e, scales[start // _GROUP] + 2 * (i * self.a["page_tokens"] + start % _GROUP), self.lanes)
+                for start in starts
+            ]
+            for r, totals in enumerate(found):
+                for start, total, factor in zip(starts, totals, factors, strict=True):
+                    at = place(r, start)
+                    e.store(multiply_add(e, factor, total.get(), e.load(at, self.vector)), at)
+
+    def _products(self, p: _Pass, planes: list[Value], q: Value) -> list[list[Variable]]:
+        """Sums of q[r, d] K[d, k] over the channels that have one scale, the first of them at `planes` and `q`."""
+        e, x, per_group = self.e, self.elements, _GROUP // self.lanes
+        stride = x.key_bytes * self.a["page_tokens"]
+        totals = [[e.var(e.const(self.vector, 0.0)) for _ in range(p.groups * per_group)] for _ in range(p.rows)]
+        unroll = 4 // len(x.offsets)
+        with e.loop(0, self.channels // len(x.offsets), unroll) as d0:
             for u in range(unroll):
                 d = d0 + u
                 keys = [
-                    self.load(plane + d * stride + self.bytes * self.lanes * i)
+                    x.keys(e, plane + d * stride + x.key_bytes * self.lanes * i, self.lanes)
                     for plane in planes
                     for i in range(per_group)
                 ]
-                for r in range(p.rows):
-                    factor = e.splat(e.load(q + 4 * self.size * r + 4 * d, F32), self.lanes)
-                    for key, total in zip(keys, totals[r], strict=True):
-                        total.set(multiply_add(e, factor, key, total.get()))
-        for r in range(p.rows):
-            for i, total in enumerate(totals[r]):
-                at = self.p + 4 * _BLOCK * (row + r) + 4 * (_GROUP * group + self.lanes * i)
-                e.store(total.get(), at)
+                for offset, vectors in zip(x.offsets, zip(*keys, strict=True), strict=True):
+                    for r in range(p.rows):
+                        factor = e.splat(e.load(q + 4 * self.size * r + 4 * (d + offset), F32), self.lanes)
+                        for key, total in zip(vectors, totals[r], strict=True):
+                            total.set(multiply_add(e, factor, key, total.get()))
+        return totals
 
     def _softmax(self, row: Value, block: Value) -> None:
         """Scores to weights in place; the row's maximum, sum and factor."""
@@ -306,13 +345,25 @@ class _Kernel:
         e.store(highest, self.highest + 4 * row)
         e.store(factor.lane(0), self.factors + 4 * row)
 
+    def _scale_weights(self, p: _Pass, row: Value) -> None:
+        """scaled[i, r, k] = p[r, k] times the scale of block i of V[k]."""
+        e, x, t = self.e, self.elements, vec(F32, _GROUP)
+        with e.loop(0, self.size // x.block) as i:
+            for g in range(_GROUPS):
+                at = e.load(self.tables + 8 * (3 * _GROUPS + g), I64)
+                scale = x.scales(e, at + 2 * i * self.a["page_tokens"], _GROUP)
+                for r in range(p.rows):
+                    weights = e.load(self.p + 4 * _BLOCK * (row + r) + 4 * _GROUP * g, t)
+                    e.store(weights * scale, self.scaled + 4 * _BLOCK * (p.rows * i + r) + 4 * _GROUP * g)
+
     def _results(self, p: _Pass, row: Value, block: Value, start: Value, stop: Value) -> None:
         """results[r] = results[r] * factor[r] + Σ p[r, k] V[k] over the keys start..stop of the block."""
         e, vectors = self.e, self.size // self.lanes
         most = max(c for c in range(1, vectors + 1) if vectors % c == 0 and c * p.rows <= self.accumulators)
         factors = [e.load(self.factors + 4 * (row + r), F32) for r in range(p.rows)]
-        weights = self.p + 4 * _BLOCK * row
+        weights = self.scaled if self.elements.block else self.p + 4 * _BLOCK * row
         for c0 in range(0, vectors, most):
+            blocks = [self.lanes * (c0 + c) // self.channels for c in range(most)]
             places = [
                 [self.results + 4 * self.size * (row + r) + 4 * self.lanes * (c0 + c) for c in range(most)]
                 for r in range(p.rows)
@@ -325,20 +376,21 @@ class _Kernel:
                 values = e.load(self.tables + 8 * (_GROUPS + group), I64)
                 base = group * _GROUP
                 with e.loop(e.max(start - base, 0), e.min(stop - base, _GROUP)) as k:
-                    at = values + self.bytes * self.size * k
-                    vs = [self.load(at + self.bytes * self.lanes * (c0 + c)) for c in range(most)]
+                    at = values + self.elements.token_bytes(self.size) * k
+                    vs = [self.elements.values(e, at, c0 + c, self.lanes) for c in range(most)]
                     for r in range(p.rows):
-                        weight = e.splat(e.load(weights + 4 * _BLOCK * r + 4 * (base + k), F32), self.lanes)
-                        for v, total in zip(vs, totals[r], strict=True):
-                            total.set(multiply_add(e, weight, v, total.get()))
+                        places_of = {i: weights + 4 * _BLOCK * (p.rows * i + r) + 4 * (base + k) for i in set(blocks)}
+                        weight = {i: e.splat(e.load(place, F32), self.lanes) for i, place in places_of.items()}
+                        for i, v, total in zip(blocks, vs, totals[r], strict=True):
+                            total.set(multiply_add(e, weight[i], v, total.get()))
             for line, sums in zip(places, totals, strict=True):
                 for at, total in zip(line, sums, strict=True):
                     e.store(total.get(), at)
 
 
-def _emitter(head_size: int, half: bool) -> Callable[..., None]:
+def _emitter(head_size: int, elements: Elements) -> Callable[..., None]:
     def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        k = _Kernel(e, head_size, half, block, thread)
+        k = _Kernel(e, head_size, elements, block, thread)
         first, last = e.load(k.a["first_tile"], I64), e.load(k.a["last_tile"], I64)
         kv_heads = k.a["kv_heads"]
         with tickets(e, counter, (last - first) * kv_heads) as ticket:

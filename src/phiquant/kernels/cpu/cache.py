@@ -7,6 +7,7 @@ A page holds `page_tokens` tokens of every key-value head:
     plane 1   values             [page_tokens][head_size]
 
 so that scores are computed with keys in the lanes and results with channels in the lanes: no sum runs across lanes.
+`cache_elements` says what the elements are, and where a plane of quantized ones has its scales.
 """
 
 from __future__ import annotations
@@ -17,26 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import KernelError
-from ...gguf.types import GGMLType
+from ..cache_types import check_cache
 from ..ops import AttentionShape, Capacity
+from .cache_elements import elements_of
 from .operation import aligned
 
 __all__ = ["KVCache", "StepTables"]
 
 
 class KVCache:
-    """Memory for the keys and values of all layers.
+    """Memory for the keys and values of all layers. Errors: KernelError if heads do not fit the type of the cache.
 
     Attributes:
-        half: elements are F16, else F32.
+        elements: how they are stored.
         plane_bytes, page_bytes: sizes of one plane of a head, and of a page.
         layers: uint8 [pages * page_bytes] of each layer.
     """
 
     def __init__(self, shape: AttentionShape, layers: int, capacity: Capacity) -> None:
         self.shape, self.pages, self.page_tokens = shape, capacity.pages, capacity.page_tokens
-        self.half = capacity.cache_type is GGMLType.F16
-        self.plane_bytes = capacity.page_tokens * shape.head_size * (2 if self.half else 4)
+        check_cache(capacity.cache_type, shape.head_size)
+        self.elements = elements_of(capacity.cache_type)
+        self.plane_bytes = self.elements.plane_bytes(shape.head_size, capacity.page_tokens)
         self.page_bytes = 2 * shape.kv_heads * self.plane_bytes
         self.layers = [aligned(capacity.pages * self.page_bytes) for _ in range(layers)]
 

@@ -1,18 +1,20 @@
 """RotateStore: split rows of queries, keys and values; rotate queries and keys; keep keys and values in the cache.
 
-Nothing here is fused or reassociated, so results equal the NumPy formula to the bit.
+Nothing here is fused or reassociated, so results equal the NumPy formula to the bit, and what is stored equals
+`quants.quantize` of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 
 from ...errors import KernelError
 from .cache import KVCache, StepTables
+from .cache_elements import Elements, Place, spans
 from .emit import F32, I32, I64, Emitter, Value, vec
 from .library import function
 from .operation import Arguments, NativeOp, Region, tickets
-from .simd import float_to_half
 from .target import Target, host
 
 __all__ = ["MOST_CHANNELS", "bind"]
@@ -55,37 +57,23 @@ def bind(
         page_tokens=cache.page_tokens, head_size=shape.head_size, rotary=shape.rotary,
         kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
     )  # fmt: skip
-    name = "rotate_store_f16" if cache.half else "rotate_store_f32"
-    kernel = function(name, 4, _emitter(cache.half), target or host())
+    name = f"rotate_store_{cache.elements.name}"
+    kernel = function(name, 4, _emitter(cache.elements), target or host())
     return NativeOp(kernel, block, (qkv, q_out, tables, cache))
 
 
-def _spans(e: Emitter, start: Value, stop: Value) -> Iterator[tuple[Value, int]]:
-    """Loops that cover start..stop with vectors of 16, of 4 and of 1: yields (index, lanes) inside each."""
-    for lanes in (16, 4, 1):
-        end = stop - (stop - start) % lanes
-        with e.loop(start, end, lanes) as i:
-            yield i, lanes
-        start = e.max(end, start)
-
-
 def _rotate(e: Emitter, source: Value, target: Value, cos: Value, sin: Value, half: Value, size: Value) -> None:
-    for i, lanes in _spans(e, e.integer(0), half):
+    for i, lanes in spans(e, e.integer(0), half):
         t = vec(F32, lanes)
         a, b = e.load(source + 4 * i, t), e.load(source + 4 * (half + i), t)
         c, s = e.load(cos + 4 * i, t), e.load(sin + 4 * i, t)
         e.store(a * c - b * s, target + 4 * i)
         e.store(b * c + a * s, target + 4 * (half + i))
-    for i, lanes in _spans(e, 2 * half, size):
+    for i, lanes in spans(e, 2 * half, size):
         e.store(e.load(source + 4 * i, vec(F32, lanes)), target + 4 * i)
 
 
-def _emitter(half_cache: bool) -> Callable[..., None]:
-    size = 2 if half_cache else 4
-
-    def element(e: Emitter, v: Value) -> Value:
-        return float_to_half(e, v) if half_cache else v.bits(vec(I32, v.lanes))
-
+def _emitter(elements: Elements) -> Callable[..., None]:
     def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         a = dict(zip(ARGS.names, ARGS.read_all(e, block), strict=True))
         n, group, kv_heads, half = a["head_size"], a["group"], a["kv_heads"], a["rotary"] // 2
@@ -105,13 +93,9 @@ def _emitter(half_cache: bool) -> Callable[..., None]:
             place, within = position // a["page_tokens"], position % a["page_tokens"]
             page = e.load(a["pages"] + 4 * (slot * a["columns"] + place), I32).sext(I64)
             plane = a["cache"] + page * a["page_bytes"] + 2 * head * a["plane_bytes"]
-            for i, lanes in _spans(e, e.integer(0), n):
-                v = element(e, e.load(rotated + 4 * i, vec(F32, lanes)))
-                for lane in range(lanes):
-                    e.store(v.lane(lane), plane + size * ((i + lane) * a["page_tokens"] + within))
-            values = plane + a["plane_bytes"] + size * n * within
-            for i, lanes in _spans(e, e.integer(0), n):
-                e.store(element(e, e.load(key + 4 * (kv_width + i), vec(F32, lanes))), values + size * i)
+            to = Place(plane, within, n, a["page_tokens"])
+            elements.store_key(e, rotated, to)
+            elements.store_value(e, key + 4 * kv_width, replace(to, plane=plane + a["plane_bytes"]))
 
         # A ticket is a few tokens, so that a head's plane stays in the first-level cache while they are written to it;
         # of few tokens, with one head, so that all threads have work.

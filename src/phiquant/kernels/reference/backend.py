@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.errors import KernelError
-from phiquant.gguf.types import GGMLType
 from phiquant.kernels import ops
+from phiquant.kernels.cache_types import check_cache
 from phiquant.kernels.reference.activations import activation_block, round_activations
-from phiquant.quants import dequantize
+from phiquant.quants import dequantize, quantize
 
 __all__ = ["ReferenceBackend", "ReferenceExecutable"]
 
@@ -49,9 +49,10 @@ class ReferenceExecutable:
                 if id(w) not in self._weights:  # a tied embedding is used twice
                     self._weights[id(w)] = dequantize(w.data, w.type, w.shape)
         a = program.attention
-        element = np.float16 if capacity.cache_type is GGMLType.F16 else np.float32
-        shape = (2, program.layers, capacity.pages, capacity.page_tokens, a.kv_width)
-        self._cache: NDArray[Any] = np.zeros(shape, element)  # keys, then values
+        check_cache(capacity.cache_type, a.head_size)
+        row = capacity.cache_type.row_bytes(a.kv_width)
+        shape = (2, program.layers, capacity.pages, capacity.page_tokens, row)
+        self._cache = np.zeros(shape, np.uint8)  # keys, then values; a row holds the heads of a token
         self._cancelled = threading.Event()
         self._execute: dict[type, Callable[[Any, ops.Step], None]] = {
             ops.Embed: self._embed,
@@ -124,8 +125,8 @@ class ReferenceExecutable:
         self._rows[id(op.q_out)][:] = _rotate(q, a.heads, a, step)
         page = step.pages[step.slots, step.positions // size]
         place = step.positions % size
-        self._cache[0, op.layer, page, place] = _rotate(k, a.kv_heads, a, step).reshape(n, -1)
-        self._cache[1, op.layer, page, place] = v
+        for part, x in enumerate((_rotate(k, a.kv_heads, a, step).reshape(n, -1), v)):
+            self._cache[part, op.layer, page, place] = quantize(x, self.capacity.cache_type)
 
     def _attention(self, op: ops.Attention, step: ops.Step) -> None:
         a = self.program.attention
@@ -145,8 +146,8 @@ class ReferenceExecutable:
         a, size = self.program.attention, self.capacity.page_tokens
         positions = np.arange(first, last)
         rows = self._cache[part, layer, pages[positions // size], positions % size]
-        wide: NDArray[np.float64] = rows.astype(np.float64)
-        return wide.reshape(len(positions), a.kv_heads, a.head_size)
+        wide = dequantize(rows, self.capacity.cache_type, (len(positions), a.kv_heads, a.head_size))
+        return wide.astype(np.float64)
 
     def _swiglu(self, op: ops.SwiGLU, step: ops.Step) -> None:
         gate, up = np.split(self._rows[id(op.x)].astype(np.float64), 2, axis=1)
