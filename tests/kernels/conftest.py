@@ -8,9 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from phiquant.errors import KernelError
+from phiquant.kernels.cpu.cache import KVCache
 from phiquant.kernels.cpu.operation import NativeOp, Region, StepHeader
 from phiquant.kernels.cpu.target import LOWERINGS, Target, host
 from phiquant.kernels.cpu.team import Team, native_program
+from phiquant.quants import block_dtype, quantize
 
 
 def available() -> list[str]:
@@ -51,6 +53,27 @@ class Machine:
         team = self.teams.setdefault(threads, Team(threads))
         with team.step():
             team.run(native_program(list(operations)))
+
+    @staticmethod
+    def fill(
+        cache: KVCache, layer: int, pages: NDArray[Any], within: NDArray[Any], keys: NDArray[Any], values: NDArray[Any]
+    ) -> None:
+        """Write float32 [tokens, kv_heads, channels] to places in pages, in the layout of `cache_elements`."""
+        kind, tokens, heads = cache.elements.type, cache.page_tokens, cache.shape.kv_heads
+        planes = cache.layers[layer].reshape(cache.pages, heads, 2, cache.plane_bytes)
+        for part, x in enumerate((keys, values)):
+            blocks = quantize(x, kind).view(block_dtype(kind))
+            levels = blocks["x" if "x" in blocks.dtype.names else "qs"].reshape(len(x), heads, -1)
+            plane = planes[:, :, part]
+            size = levels.shape[2] * levels.itemsize * tokens
+            area = plane[:, :, :size].view(levels.dtype)
+            if part == 0:
+                area.reshape(cache.pages, heads, -1, tokens)[pages, :, :, within] = levels
+            else:
+                area.reshape(cache.pages, heads, tokens, -1)[pages, :, within] = levels
+            if size < cache.plane_bytes:
+                scales = plane[:, :, size:].view(np.float16).reshape(cache.pages, heads, -1, tokens)
+                scales[pages, :, :, within] = blocks["d"].reshape(len(x), heads, -1)
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,18 @@ from numpy.typing import NDArray
 
 from phiquant.errors import KernelError
 from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import attention
 from phiquant.kernels.cpu.cache import KVCache, StepTables
 from phiquant.kernels.cpu.operation import StepHeader
-from phiquant.kernels.cpu.target import Target
+from phiquant.kernels.cpu.target import Target, host
 from phiquant.kernels.ops import AttentionShape, Capacity
+from phiquant.quants import dequantize, quantize
 
 pytestmark = pytest.mark.cpu
 
 Floats = NDArray[np.float32]
+TYPES = tuple(CACHE_TYPES.values())
 
 
 @dataclasses.dataclass
@@ -27,22 +30,26 @@ class Case:
     """Whole sequences: queries [tokens, heads, channels], keys and values [tokens, kv_heads, channels] of each."""
 
     shape: AttentionShape
-    half: bool
+    kind: GGMLType
     sequences: list[tuple[Floats, Floats, Floats]]
 
     @classmethod
-    def random(cls, shape: AttentionShape, half: bool, lengths: list[int], seed: int, spread: float = 1.0) -> "Case":
+    def random(
+        cls, shape: AttentionShape, kind: GGMLType, lengths: list[int], seed: int, spread: float = 1.0
+    ) -> "Case":
         rng = np.random.default_rng(seed)
 
         def draw(n: int, heads: int) -> Floats:
             return rng.standard_normal((n, heads, shape.head_size)).astype(np.float32)
 
-        element = np.float16 if half else np.float32
+        def kept(x: Floats) -> Floats:
+            return dequantize(quantize(x, kind), kind, x.shape)
+
         made = []
         for n in lengths:
             q, k, v = draw(n, shape.heads) * np.float32(spread), draw(n, shape.kv_heads), draw(n, shape.kv_heads)
-            made.append((q, k.astype(element).astype(np.float32), v.astype(element).astype(np.float32)))
-        return cls(shape, half, made)
+            made.append((q, kept(k), kept(v)))
+        return cls(shape, kind, made)
 
     def formula(self, sequence: int) -> NDArray[np.float64]:
         q, k, v = (a.astype(np.float64) for a in self.sequences[sequence])
@@ -78,23 +85,15 @@ class Case:
             pages=columns * len(self.sequences) + 1,
             page_tokens=page_tokens,
             pages_per_sequence=columns,
-            cache_type=GGMLType.F16 if self.half else GGMLType.F32,
+            cache_type=self.kind,
         )
         cache, tables, header = KVCache(shape, 1, capacity), StepTables.of(shape, capacity), StepHeader()
         cache.layers[0][:] = 255
         tables.pages[:] = rng.permutation(capacity.pages)[:-1].reshape(tables.pages.shape)
-        pages = cache.layers[0].view(np.float16 if self.half else np.float32)
-        pages = pages.reshape(cache.pages, shape.kv_heads, 2, page_tokens * shape.head_size)
-        ends = {s: b for s, _, b in parts}
-        for s, (_, keys, values) in enumerate(self.sequences):
-            for t in range(ends.get(s, 0)):  # later keys have not been stored yet
-                page, within = tables.pages[s, t // page_tokens], t % page_tokens
-                plane = pages[page, :, 0].reshape(shape.kv_heads, shape.head_size, page_tokens)
-                plane[:, :, within] = keys[t]
-                pages[page, :, 0] = plane.reshape(shape.kv_heads, -1)
-                plane = pages[page, :, 1].reshape(shape.kv_heads, page_tokens, shape.head_size)
-                plane[:, within] = values[t]
-                pages[page, :, 1] = plane.reshape(shape.kv_heads, -1)
+        for s, _, end in parts:  # later keys have not been stored yet
+            _, keys, values = self.sequences[s]
+            t = np.arange(end)
+            machine.fill(cache, 0, tables.pages[s, t // page_tokens], t % page_tokens, keys[:end], values[:end])
         tables.positions[:total] = np.concatenate([np.arange(a, b) for _, a, b in parts])
         tables.slots[:total] = np.concatenate([np.full(b - a, s) for s, a, b in parts])
         q = np.full((total + 1, shape.q_width), np.nan, np.float32)
@@ -138,7 +137,7 @@ def same_bits(a: Floats, b: Floats) -> bool:
 @given(
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 5),
-    half=st.booleans(),
+    kind=st.sampled_from(TYPES),
     window=st.sampled_from([0, 1, 17, 64, 100]),
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=2),
     spread=st.sampled_from([1.0, 30.0]),
@@ -147,20 +146,23 @@ def same_bits(a: Floats, b: Floats) -> bool:
     seed=st.integers(0, 99),
 )
 def test_it_equals_the_formula(
-    each_target, machine, kv_heads, group, half, window, lengths, spread, page_tokens, threads, seed
+    each_target, machine, kv_heads, group, kind, window, lengths, spread, page_tokens, threads, seed
 ) -> None:
-    case = Case.random(shape_of(kv_heads, group, 32, window), half, lengths, seed, spread)
+    case = Case.random(shape_of(kv_heads, group, 32, window), kind, lengths, seed, spread)
     parts = [(i, 0, n) for i, n in enumerate(lengths)]
     got = case.compute(machine, each_target, parts, threads=threads, page_tokens=page_tokens, seed=seed)
     for i, result in enumerate(got):
         np.testing.assert_allclose(result, case.formula(i), rtol=0, atol=5e-6 * max(1.0, spread))
 
 
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
-def test_every_head_size(machine, head_size) -> None:
-    from phiquant.kernels.cpu.target import host
-
-    case = Case.random(shape_of(2, 2, head_size), True, [75], head_size)
+def test_every_head_size(machine, head_size, kind) -> None:
+    if head_size % kind.block_elements:
+        with pytest.raises(KernelError, match=f"heads of {head_size}; use f16"):
+            KVCache(shape_of(2, 2, head_size), 1, Capacity(cache_type=kind))
+        return
+    case = Case.random(shape_of(2, 2, head_size), kind, [75], head_size)
     (got,) = case.compute(machine, host(), [(0, 0, 75)])
     np.testing.assert_allclose(got, case.formula(0), rtol=0, atol=5e-6)
 
@@ -168,16 +170,16 @@ def test_every_head_size(machine, head_size) -> None:
 @settings(max_examples=20, deadline=None)
 @given(
     group=st.integers(1, 5),
-    half=st.booleans(),
+    kind=st.sampled_from(TYPES),
     window=st.sampled_from([0, 1, 20, 64, 130]),
     length=st.integers(2, 300),
     neighbour=st.integers(1, 40),
     data=st.data(),
 )
 def test_no_division_of_the_work_changes_a_bit(
-    each_target, machine, group, half, window, length, neighbour, data
+    each_target, machine, group, kind, window, length, neighbour, data
 ) -> None:
-    case = Case.random(shape_of(2, group, 32, window), half, [length, neighbour], length)
+    case = Case.random(shape_of(2, group, 32, window), kind, [length, neighbour], length)
     (whole,) = case.compute(machine, each_target, [(0, 0, length)], threads=1)
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
     chunks = list(zip([0, *cuts], [*cuts, length], strict=True))
@@ -195,8 +197,9 @@ def test_no_division_of_the_work_changes_a_bit(
         assert same_bits(got, whole[a:b])
 
 
-def test_a_long_sequence_token_by_token(each_target, machine) -> None:
-    case = Case.random(shape_of(1, 3, 16), True, [150], 1)
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_a_long_sequence_token_by_token(each_target, machine, kind) -> None:
+    case = Case.random(shape_of(1, 3, 32), kind, [150], 1)
     (whole,) = case.compute(machine, each_target, [(0, 0, 150)])
     for t in range(0, 150, 7):
         (one,) = case.compute(machine, each_target, [(0, t, t + 1)], seed=t)
@@ -204,9 +207,20 @@ def test_a_long_sequence_token_by_token(each_target, machine) -> None:
 
 
 def test_more_heads_than_a_tile_has_rows(machine, each_target) -> None:
-    case = Case.random(shape_of(1, 41, 16), True, [9], 2)
+    case = Case.random(shape_of(1, 41, 16), GGMLType.F16, [9], 2)
     (got,) = case.compute(machine, each_target, [(0, 0, 9)])
     np.testing.assert_allclose(got, case.formula(0), rtol=0, atol=5e-6)
+
+
+def test_a_quantized_cache_is_as_small_as_its_blocks() -> None:
+    sizes = {
+        kind: sum(layer.nbytes for layer in KVCache(shape_of(2, 1, 96), 3, Capacity(cache_type=kind)).layers)
+        for kind in TYPES
+    }
+    assert sizes[GGMLType.F16] == 3 * 64 * 64 * 2 * 2 * 96 * 2  # layers, pages, tokens, keys and values, heads
+    assert sizes[GGMLType.F32] == 2 * sizes[GGMLType.F16]
+    assert sizes[GGMLType.Q8_0] * 64 == sizes[GGMLType.F16] * 34
+    assert sizes[GGMLType.Q4_0] * 64 == sizes[GGMLType.F16] * 18
 
 
 def test_tiles_cover_every_token_once_and_begin_with_the_heaviest() -> None:

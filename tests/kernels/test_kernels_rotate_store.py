@@ -7,20 +7,14 @@ from hypothesis import strategies as st
 
 from phiquant.errors import KernelError
 from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import rotate_store
 from phiquant.kernels.cpu.cache import KVCache, StepTables
 from phiquant.kernels.ops import AttentionShape, Capacity
 
 pytestmark = pytest.mark.cpu
 
-
-def planes(cache: KVCache, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [pages, heads, tokens, channels] and values, as the layout of the cache has them."""
-    s, element = cache.shape, np.float16 if cache.half else np.float32
-    all_ = cache.layers[layer].view(element)
-    pages = all_.reshape(cache.pages, s.kv_heads, 2, cache.page_tokens * s.head_size)
-    keys = pages[:, :, 0].reshape(cache.pages, s.kv_heads, s.head_size, cache.page_tokens).swapaxes(2, 3)
-    return keys, pages[:, :, 1].reshape(cache.pages, s.kv_heads, cache.page_tokens, s.head_size)
+TYPES = tuple(CACHE_TYPES.values())
 
 
 @settings(max_examples=40, deadline=None)
@@ -28,16 +22,17 @@ def planes(cache: KVCache, layer: int) -> tuple[np.ndarray, np.ndarray]:
     kv_heads=st.integers(1, 5),
     group=st.integers(1, 3),
     head_size=st.integers(1, 100),
+    kind=st.sampled_from(TYPES),
     portion=st.sampled_from([0.0, 0.5, 0.75, 1.0]),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
-    half=st.booleans(),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_it_equals_the_formula_to_the_bit(
-    each_target, machine, poisoned, kv_heads, group, head_size, portion, lengths, half, threads, seed
+    each_target, machine, poisoned, kv_heads, group, head_size, kind, portion, lengths, threads, seed
 ) -> None:
     rng = np.random.default_rng(seed)
+    head_size = -(-head_size // kind.block_elements) * kind.block_elements
     rotary = int(head_size * portion) // 2 * 2
     shape = AttentionShape(kv_heads * group, kv_heads, head_size, rotary, 1.0)
     n, room = sum(lengths), sum(lengths) + 1
@@ -47,7 +42,7 @@ def test_it_equals_the_formula_to_the_bit(
         pages=8 * len(lengths),
         page_tokens=16,
         pages_per_sequence=8,
-        cache_type=GGMLType.F16 if half else GGMLType.F32,
+        cache_type=kind,
     )
     cache, tables = KVCache(shape, 2, capacity), StepTables.of(shape, capacity)
     for layer in cache.layers:
@@ -72,13 +67,41 @@ def test_it_equals_the_formula_to_the_bit(
     expected, untouched = KVCache(shape, 2, capacity), cache.layers[0]
     for layer in expected.layers:
         layer[:] = 255
-    keys, values = planes(expected, 1)
-    for t in range(n):
-        page, within = tables.pages[tables.slots[t], tables.positions[t] // 16], tables.positions[t] % 16
-        keys[page, :, within] = rotated[t, shape.heads : shape.heads + kv_heads]
-        values[page, :, within] = heads[t, shape.heads + kv_heads :]
+    places = tables.pages[tables.slots[:n], tables.positions[:n] // 16], tables.positions[:n] % 16
+    first = shape.heads + kv_heads
+    machine.fill(expected, 1, *places, rotated[:, shape.heads : first], heads[:, first:])
     assert np.array_equal(cache.layers[1], expected.layers[1])
     assert (untouched == 255).all()
+
+
+CORNERS = {
+    "zero": [0.0] * 32,
+    "negative zero": [-0.0] * 32,
+    "the peak twice, negative first": [0.5, -2.0, 2.0, 1.0] + [0.25] * 28,
+    "the peak twice, positive first": [0.5] * 17 + [2.0, -2.0] + [0.25] * 13,
+    "the peak last": [0.1] * 31 + [-3.0],
+    "halves": [127.0, *(i + 0.5 for i in range(-16, 15))],
+    "subnormal": [1e-40 * i for i in range(-16, 16)],
+    "so small that 1 / d is infinite": [1e-38, *([-2e-39] * 31)],
+    "a scale that is subnormal in half precision": [1e-5 * i for i in range(-16, 16)],
+    "larger than half precision": [1e5 * i for i in range(-16, 16)],
+}
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q8_0, GGMLType.Q4_0], ids=lambda kind: kind.name)
+def test_levels_and_scales_are_those_of_the_quantizer(each_target, machine, kind) -> None:
+    rows = np.array([*CORNERS.values()], np.float32)
+    random = np.random.default_rng(5).standard_normal((300, 32)).astype(np.float32)
+    channels = np.concatenate([rows, random]).reshape(-1, 1, 32)
+    n, shape = len(channels), AttentionShape(1, 1, 32, 0, 1.0)
+    capacity = Capacity(tokens=n, pages=n // 64 + 1, pages_per_sequence=n // 64 + 1, cache_type=kind)
+    cache, expected, tables = KVCache(shape, 1, capacity), KVCache(shape, 1, capacity), StepTables.of(shape, capacity)
+    tables.pages[0], tables.positions[:] = np.arange(capacity.pages), np.arange(n)
+    qkv = np.tile(channels.reshape(n, 32), 3)
+    q_out = np.zeros((n, 32), np.float32)
+    machine.run(rotate_store.bind(machine.region(qkv, n), machine.region(q_out, n), tables, cache, 0, each_target))
+    machine.fill(expected, 0, np.arange(n) // 64, np.arange(n) % 64, channels, channels)
+    assert np.array_equal(cache.layers[0], expected.layers[0])
 
 
 def test_shapes_that_do_not_fit_are_refused(machine) -> None:
