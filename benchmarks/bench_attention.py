@@ -1,8 +1,10 @@
 """Speed of attention: multiplications for prompts, bytes of the cache read for single tokens; and what storing costs.
 
-    python benchmarks/bench_attention.py [--threads 1,2] [--lowering avx2] [--repeat 9]
+    python benchmarks/bench_attention.py [--threads 1,2] [--cache f16,q8_0,q4_0] [--lowering avx2] [--repeat 9]
 
-Figures are medians. With one thread they are of processor time, so that they mean something on a busy machine.
+Figures are medians; those of several types of cache are taken in turns, and the factor is the speed beside the first
+type's, the median of the turns. With one thread they are of processor time, so that they mean something on a busy
+machine.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import attention, rotate_store
 from phiquant.kernels.cpu.cache import KVCache, StepTables
 from phiquant.kernels.cpu.operation import NativeOp, Region, StepHeader
@@ -43,15 +46,17 @@ CASES = (
 )
 
 
-def bound(case: Case, threads: int, target: Target) -> tuple[NativeOp, NativeOp]:
+def bound(case: Case, kind: GGMLType, threads: int, target: Target) -> tuple[NativeOp, NativeOp]:
     """Attention and the storing of keys, over a full cache of random keys."""
     shape = AttentionShape(case.heads, case.kv_heads, case.head_size, case.head_size, case.head_size**-0.5)
     n, total, rng = case.tokens, case.start + case.tokens, np.random.default_rng(0)
     pages = -(-total // 64)
-    capacity = Capacity(tokens=n, pages=pages, pages_per_sequence=pages, cache_type=GGMLType.F16)
+    capacity = Capacity(tokens=n, pages=pages, pages_per_sequence=pages, cache_type=kind)
     cache, tables, header = KVCache(shape, 1, capacity), StepTables.of(shape, capacity), StepHeader()
-    elements = cache.layers[0].view(np.float16)
-    elements[:] = rng.standard_normal(elements.size, dtype=np.float32)
+    if kind is GGMLType.F32:
+        cache.layers[0].view(np.float32)[:] = rng.standard_normal(cache.layers[0].size // 4, dtype=np.float32)
+    else:
+        cache.layers[0].view(np.float16)[:] = rng.standard_normal(cache.layers[0].size // 2, dtype=np.float32)
     tables.pages[0] = rng.permutation(pages)
     tables.positions[:] = np.arange(case.start, total)
     header.set("tokens", n)
@@ -67,38 +72,46 @@ def bound(case: Case, threads: int, target: Target) -> tuple[NativeOp, NativeOp]
     return attend, store
 
 
-def seconds(team: Team, operation: NativeOp, repeat: int) -> float:
+def seconds(team: Team, operations: list[NativeOp], repeat: int) -> list[list[float]]:
+    """What each operation took, again and again, in turns."""
     clock = time.thread_time if team.threads == 1 else time.perf_counter
-    program, took = native_program([operation]), []
+    programs = [native_program([operation]) for operation in operations]
+    took: list[list[float]] = [[] for _ in operations]
     for _ in range(repeat):
-        begin = clock()
-        with team.step():
-            team.run(program)
-        took.append(clock() - begin)
-    return statistics.median(took)
+        for program, times in zip(programs, took, strict=True):
+            begin = clock()
+            with team.step():
+                team.run(program)
+            times.append(clock() - begin)
+    return took
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--cache", default="f16", help="types of the cache, such as f16,q8_0,q4_0")
     parser.add_argument("--lowering")
     parser.add_argument("--repeat", type=int, default=9)
     options = parser.parse_args()
     target = host(options.lowering)
+    kinds = [CACHE_TYPES[name] for name in options.cache.split(",")]
     for threads in map(int, options.threads.split(",")):
         team = Team(threads)
         print(f"{target.lowering}, {threads} threads")
         for case in CASES:
-            attend, store = bound(case, threads, target)
-            took = seconds(team, attend, options.repeat)
+            operations = [bound(case, kind, threads, target) for kind in kinds]
+            attending = seconds(team, [attend for attend, _ in operations], options.repeat)
+            storing = seconds(team, [store for _, store in operations], options.repeat)
             seen = sum(range(case.start + 1, case.start + case.tokens + 1))
-            operations = 4 * seen * case.heads * case.head_size
-            read = 4 * (case.start + case.tokens) * case.kv_heads * case.head_size
-            storing = seconds(team, store, options.repeat)
-            print(
-                f"  {case.name:30} {1e3 * took:9.3f} ms {operations / took / 1e9:7.1f} GFLOP/s"
-                f" {read / took / 1e9:6.1f} GB/s; storing {1e3 * storing:7.3f} ms"
-            )
+            products = 4 * seen * case.heads * case.head_size
+            tokens = 2 * (case.start + case.tokens) * case.kv_heads
+            for kind, times, stores in zip(kinds, attending, storing, strict=True):
+                took, read = statistics.median(times), tokens * kind.row_bytes(case.head_size)
+                factor = statistics.median(a / b for a, b in zip(attending[0], times, strict=True))
+                print(
+                    f"  {case.name:30} {kind.name:4} {1e3 * took:9.3f} ms {products / took / 1e9:7.1f} GFLOP/s"
+                    f" {read / took / 1e9:6.1f} GB/s x{factor:.2f}; storing {1e3 * statistics.median(stores):7.3f} ms"
+                )
         team.close()
 
 

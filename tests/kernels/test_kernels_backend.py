@@ -17,6 +17,7 @@ from phiquant import quants
 from phiquant.errors import ContextError, KernelError, TokenError, UnsupportedError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels import ops
+from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import backend as backend_module
 from phiquant.kernels.cpu.backend import CpuBackend, CpuExecutable
 from phiquant.kernels.cpu.describe import describe
@@ -120,14 +121,34 @@ def test_logits_equal_those_of_the_reference(name: str) -> None:
     executable.close()
 
 
+@pytest.mark.parametrize("kind", CACHE_TYPES.values(), ids=lambda kind: kind.name)
+def test_the_cache_is_the_references(kind: GGMLType) -> None:
+    """Without a product before it, so that what is stored is the same to the bit: no channel falls to another level."""
+    a = ops.AttentionShape(6, 3, 96, 48, 0.1, window=50)
+    r = ops.Recorder(a, 1)
+    qkv, q, out = r.buffer("qkv", a.q_width + 2 * a.kv_width), r.buffer("q", a.q_width), r.buffer("o", a.q_width)
+    last = r.buffer("last", a.q_width, "outputs")
+    r.embed(weight("token_embd", (1001, qkv.width), GGMLType.F32, 5, qkv.width**0.5), qkv)
+    r.rotate_store(qkv, 0, q)
+    r.attention(q, 0, out)
+    r.select(out, last)
+    program, capacity = r.finish(last), dataclasses.replace(CAPACITY, cache_type=kind)
+    reference, executable = ReferenceBackend().prepare(program, capacity), CpuBackend().prepare(program, capacity)
+    for parts in ([(0, 0, 57), (1, 0, 33)], [(1, 33, 34), (0, 57, 80)]):
+        expected = reference.run(step(program, parts))
+        np.testing.assert_allclose(executable.run(step(program, parts)), expected, rtol=0, atol=2e-6)
+    executable.close()
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("window", [0, 20])
-def test_chunks_threads_and_neighbours_change_no_bit(window: int) -> None:
+def test_chunks_threads_and_neighbours_change_no_bit(window: int, kind: GGMLType) -> None:
     program = model(GGMLType.Q4_K, ops.AttentionShape(8, 2, 32, 32, 0.2, window))
-    executable = prepare(program, threads=1)
+    executable = prepare(program, threads=1, cache_type=kind)
     whole = bits(executable.run(step(program, [(0, 0, 70)])))
     executable.close()
     for threads in (1, 2, 3):
-        executable = prepare(program, threads=threads)
+        executable = prepare(program, threads=threads, cache_type=kind)
         done: list[NDArray[np.int32]] = []
         for parts in ([(0, 0, 1)], [(1, 0, 9), (0, 1, 30)], [(0, 30, 31), (1, 9, 10)], [(0, 31, 70)]):
             logits = bits(executable.run(step(program, parts)))
@@ -175,9 +196,10 @@ def test_a_matrix_that_is_used_twice_is_packed_once(monkeypatch: pytest.MonkeyPa
     executable.close()
 
 
-def test_a_page_is_copied_in_all_layers() -> None:
+@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_0], ids=lambda kind: kind.name)
+def test_a_page_is_copied_in_all_layers(kind: GGMLType) -> None:
     program = model()
-    executable = prepare(program)
+    executable = prepare(program, cache_type=kind)
     executable.run(step(program, [(0, 0, 40)]))
     following = step(program, [(0, 40, 41)])
     expected = bits(executable.run(following))

@@ -106,6 +106,48 @@ def test_attention_is_its_formula_whatever_the_pages_and_steps(window: int) -> N
     assert np.array_equal(attend([5, 0, 7], [1, 15, 29], window), whole)
 
 
+@pytest.mark.parametrize("kind", [GGMLType.Q8_0, GGMLType.Q4_0], ids=lambda kind: kind.name)
+def test_a_quantized_cache_holds_rotated_keys_and_values_of_each_head_in_blocks_of_32(kind: GGMLType) -> None:
+    shape = AttentionShape(4, 2, 64, 6, 0.1)
+    x = np.random.default_rng(4).normal(size=(32, 512)).astype(np.float32)
+    r = Recorder(shape, 1)
+    qkv, q, out, last = r.buffer("qkv", 512), r.buffer("q", 256), r.buffer("out", 256), r.buffer("l", 256, "outputs")
+    r.embed(weight("e", x), qkv)
+    r.rotate_store(qkv, 0, q)
+    r.attention(q, 0, out)
+    r.select(out, last)
+    executable = ReferenceBackend().prepare(r.finish(last), Capacity(page_tokens=16, pages=8, cache_type=kind))
+    made = step(list(range(32)), list(range(32)), [[3, 1]])
+    found = executable.run(made)
+
+    def rotated(heads: np.ndarray) -> np.ndarray:
+        first, second = heads[:, :, :3].copy(), heads[:, :, 3:6].copy()
+        cos, sin = made.cos[:, None], made.sin[:, None]
+        return np.concatenate((first * cos - second * sin, second * cos + first * sin, heads[:, :, 6:]), axis=2)
+
+    def kept(heads: np.ndarray) -> np.ndarray:
+        return np.stack([dequantize(quantize(heads[:, h], kind), kind, (32, 64)) for h in (0, 1)], axis=1)
+
+    queries = rotated(x[:, :256].reshape(32, 4, 64)).astype(np.float64)
+    k, v = kept(rotated(x[:, 256:384].reshape(32, 2, 64))), kept(x[:, 384:].reshape(32, 2, 64))
+    for t in range(32):
+        for head in range(4):
+            weights = np.exp(0.1 * k[: t + 1, head // 2].astype(np.float64) @ queries[t, head])
+            expected = weights @ v[: t + 1, head // 2] / weights.sum()
+            assert np.abs(found[t, 64 * head : 64 * head + 64] - expected).max() < 1e-6
+
+
+def test_heads_that_blocks_do_not_divide_are_refused() -> None:
+    r = Recorder(SHAPE, 1)
+    x, last = r.buffer("x", 32), r.buffer("last", 32, "outputs")
+    r.embed(weight("e", RNG.normal(size=(32, 32))), x)
+    r.select(x, last)
+    with pytest.raises(KernelError, match=r"Q8_0 cache has blocks of 32 channels.* heads of 8; use f16"):
+        ReferenceBackend().prepare(r.finish(last), Capacity(cache_type=GGMLType.Q8_0))
+    with pytest.raises(KernelError, match="cannot hold Q4_K; it can hold f16, f32, q8_0, q4_0"):
+        Capacity(cache_type=GGMLType.Q4_K)
+
+
 def test_pages_are_copied_in_all_layers() -> None:
     r = Recorder(SHAPE, 2)
     qkv, q, last = r.buffer("qkv", 64), r.buffer("q", 32), r.buffer("last", 32, "outputs")
