@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import KernelError
+from .attention_tiles import tile, tile_tokens
 from .cache import KVCache, StepTables
 from .cache_elements import Elements
 from .emit import F32, I32, I64, Emitter, Value, Variable, vec
@@ -44,52 +45,14 @@ ARGS = Arguments(
 
 _BLOCK, _GROUP = 64, 16  # keys of a block; keys that are never split between two pages
 _GROUPS = _BLOCK // _GROUP
-_TILE_ROWS = 32
+_LINE = 64  # bytes of a line of the processor's caches
 _UNLIMITED = 1 << 40  # a window wider than any position
 _NOTHING = -1e30  # below any score: finite, so that its difference to itself is 0
 
 
-def _tile_tokens(group: int) -> int:
-    return max(1, _TILE_ROWS // group)
-
-
-def tile(
-    positions: NDArray[np.int32], slots: NDArray[np.int32], group: int, window: int, out: NDArray[np.int32]
-) -> tuple[int, NDArray[np.int64]]:
-    """Cut the tokens of a step into tiles, those with most keys first.
-
-    Args:
-        positions, slots: int32 [n], as in `ops.Step`.
-        group: query heads for each key-value head.
-        window: as in `ops.AttentionShape`.
-        out: int32 [at least n, 4], receives (first token, tokens, lowest position, highest position) of each tile.
-
-    Returns:
-        The number of tiles, and for each its multiplications of a query row by a key, for one key-value head.
-
-    Raises:
-        KernelError: the positions of a sequence do not ascend.
-    """
-    n = len(positions)
-    same = slots[1:] == slots[:-1]
-    if np.any(same & (positions[1:] <= positions[:-1])):
-        raise KernelError("the positions of a sequence must ascend within a step")
-    starts = np.concatenate([[0], np.flatnonzero(~same) + 1])
-    stops = np.append(starts[1:], n)
-    most = _tile_tokens(group)
-    first = np.concatenate([np.arange(a, b, most) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
-    last = np.append(first[1:], n)
-    low, high = positions[first].astype(np.int64), positions[last - 1].astype(np.int64)
-    seen = high + 1 - (np.maximum(low + 1 - window, 0) if window else 0)
-    cost = seen * (last - first) * group
-    order = np.argsort(-cost, kind="stable")
-    out[: len(first)] = np.stack([first, last - first, low, high], axis=1)[order]
-    return len(first), cost[order]
-
-
 def _rows(cache: KVCache) -> int:
     group = cache.shape.heads // cache.shape.kv_heads
-    return _tile_tokens(group) * group
+    return tile_tokens(group) * group
 
 
 def _scratch_bytes(cache: KVCache) -> int:
@@ -101,8 +64,8 @@ def _scratch_bytes(cache: KVCache) -> int:
 
 
 def _tables(elements: Elements) -> int:
-    """Addresses for each group of keys: of the keys and the values, and of the scales of both."""
-    return 4 if elements.block else 2
+    """Addresses for each group of keys: of the keys and the values, of the scales of both, of what comes next."""
+    return 6 if elements.block else 2
 
 
 def scratch(cache: KVCache, threads: int) -> NDArray[np.uint8]:
@@ -178,6 +141,7 @@ class _Kernel:
 
     def __init__(self, e: Emitter, head_size: int, elements: Elements, block: Value, thread: Value) -> None:
         self.e, self.size, self.elements = e, head_size, elements
+        self.fetching = elements.block > 0
         self.channels = elements.block or head_size  # that have one scale, or none
         self.lanes = e.target.vector_bytes // 4
         self.vector = vec(F32, self.lanes)
@@ -187,6 +151,7 @@ class _Kernel:
         rows = self.a["rows"]
         at = self.a["scratch"] + thread * self.a["scratch_bytes"]
         self.tables = at
+        self.next = at + 8 * _GROUPS * 4
         self.q = at + 8 * _GROUPS * _tables(elements)
         self.results = self.q + 4 * head_size * rows
         self.p = self.results + 4 * head_size * rows
@@ -253,6 +218,9 @@ class _Kernel:
             if self.elements.block:
                 for i, plane in ((2, keys), (3, keys + a["plane_bytes"])):
                     e.store(plane + token * a["page_tokens"] + 2 * within, self.tables + 8 * (i * _GROUPS + g))
+        if self.fetching:
+            page = e.load(table + 4 * (e.min(block + _BLOCK, final) // a["page_tokens"]), I32).sext(I64)
+            e.store(a["cache"] + page * a["page_bytes"] + 2 * head * a["plane_bytes"], self.next)
 
     def _pass(self, p: _Pass, row: Value, block: Value) -> None:
         e = self.e
@@ -280,7 +248,7 @@ class _Kernel:
             return self.p + 4 * _BLOCK * (row + r) + 4 * (_GROUP * group + start)
 
         if not x.block:
-            for r, totals in enumerate(self._products(p, planes, q)):
+            for r, totals in enumerate(self._products(p, planes, q, group, e.integer(0))):
                 for start, total in zip(starts, totals, strict=True):
                     e.store(total.get(), place(r, start))
             return
@@ -290,7 +258,9 @@ class _Kernel:
                 e.store(e.const(self.vector, 0.0), place(r, start))
         stride = x.token_bytes(x.block) * self.a["page_tokens"]
         with e.loop(0, self.size // x.block) as i:
-            found = self._products(p, [plane + i * stride for plane in planes], q + 4 * x.block * i)
+            self._fetch_scales(1, i)
+            rows = x.token_bytes(x.block) * i
+            found = self._products(p, [plane + i * stride for plane in planes], q + 4 * x.block * i, group, rows)
             factors = [
                 x.scales(e, scales[start // _GROUP] + 2 * (i * self.a["page_tokens"] + start % _GROUP), self.lanes)
                 for start in starts
@@ -300,8 +270,25 @@ class _Kernel:
                     at = place(r, start)
                     e.store(multiply_add(e, factor, total.get(), e.load(at, self.vector)), at)
 
-    def _products(self, p: _Pass, planes: list[Value], q: Value) -> list[list[Variable]]:
-        """Sums of q[r, d] K[d, k] over the channels that have one scale, the first of them at `planes` and `q`."""
+    def _fetch(self, plane: int, offset: Value) -> None:
+        """Ask for a line of the next block's keys (plane 0) or values (1), as they lie where a page has 64 tokens.
+
+        The planes of a head are a few kilobytes, too short for the processor to see where it is going. Elsewhere the
+        line may be another's, which costs its way and no more: asking reads nothing.
+        """
+        if self.fetching:
+            self.e.prefetch(self.e.load(self.next, I64) + plane * self.a["plane_bytes"] + offset, locality=2)
+
+    def _fetch_scales(self, plane: int, block: Value) -> None:
+        levels = self.elements.token_bytes(self.size) * _BLOCK
+        for line in range(0, 2 * _BLOCK, _LINE):
+            self._fetch(plane, levels + 2 * _BLOCK * block + line)
+
+    def _products(self, p: _Pass, planes: list[Value], q: Value, group: int, done: Value) -> list[list[Variable]]:
+        """Sums of q[r, d] K[d, k] over the channels that have one scale, of which the first are at `planes` and `q`.
+
+        `done` are the rows of keys before them.
+        """
         e, x, per_group = self.e, self.elements, _GROUP // self.lanes
         stride = x.key_bytes * self.a["page_tokens"]
         totals = [[e.var(e.const(self.vector, 0.0)) for _ in range(p.groups * per_group)] for _ in range(p.rows)]
@@ -309,6 +296,8 @@ class _Kernel:
         with e.loop(0, self.channels // len(x.offsets), unroll) as d0:
             for u in range(unroll):
                 d = d0 + u
+                for i in range(x.key_bytes if group == 0 else 0):
+                    self._fetch(1, _LINE * (x.key_bytes * (done + d) + i))
                 keys = [
                     x.keys(e, plane + d * stride + x.key_bytes * self.lanes * i, self.lanes)
                     for plane in planes
@@ -349,6 +338,7 @@ class _Kernel:
         """scaled[i, r, k] = p[r, k] times the scale of block i of V[k]."""
         e, x, t = self.e, self.elements, vec(F32, _GROUP)
         with e.loop(0, self.size // x.block) as i:
+            self._fetch_scales(0, i)
             for g in range(_GROUPS):
                 at = e.load(self.tables + 8 * (3 * _GROUPS + g), I64)
                 scale = x.scales(e, at + 2 * i * self.a["page_tokens"], _GROUP)
@@ -362,6 +352,7 @@ class _Kernel:
         most = max(c for c in range(1, vectors + 1) if vectors % c == 0 and c * p.rows <= self.accumulators)
         factors = [e.load(self.factors + 4 * (row + r), F32) for r in range(p.rows)]
         weights = self.scaled if self.elements.block else self.p + 4 * _BLOCK * row
+        lines = -(-self.elements.token_bytes(self.size) // _LINE)
         for c0 in range(0, vectors, most):
             blocks = [self.lanes * (c0 + c) // self.channels for c in range(most)]
             places = [
@@ -378,6 +369,8 @@ class _Kernel:
                 with e.loop(e.max(start - base, 0), e.min(stop - base, _GROUP)) as k:
                     at = values + self.elements.token_bytes(self.size) * k
                     vs = [self.elements.values(e, at, c0 + c, self.lanes) for c in range(most)]
+                    for i in range(lines if c0 == 0 else 0):
+                        self._fetch(0, _LINE * (lines * (base + k) + i))
                     for r in range(p.rows):
                         places_of = {i: weights + 4 * _BLOCK * (p.rows * i + r) + 4 * (base + k) for i in set(blocks)}
                         weight = {i: e.splat(e.load(place, F32), self.lanes) for i, place in places_of.items()}
