@@ -155,16 +155,27 @@ def test_it_equals_the_formula(
         np.testing.assert_allclose(result, case.formula(i), rtol=0, atol=5e-6 * max(1.0, spread))
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("head_size", attention.HEAD_SIZES)
+@pytest.mark.parametrize(
+    ("head_size", "kind"),
+    [
+        *((size, GGMLType.F16) for size in attention.HEAD_SIZES),
+        *((size, GGMLType.Q8_0) for size in attention.HEAD_SIZES if size % 32 == 0),
+        (64, GGMLType.Q4_0),
+        (96, GGMLType.Q4_0),  # an odd number of blocks
+        (96, GGMLType.F32),
+    ],
+)
 def test_every_head_size(machine, head_size, kind) -> None:
-    if head_size % kind.block_elements:
-        with pytest.raises(KernelError, match=f"heads of {head_size}; use f16"):
-            KVCache(shape_of(2, 2, head_size), 1, Capacity(cache_type=kind))
-        return
     case = Case.random(shape_of(2, 2, head_size), kind, [75], head_size)
     (got,) = case.compute(machine, host(), [(0, 0, 75)])
     np.testing.assert_allclose(got, case.formula(0), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q8_0, GGMLType.Q4_0], ids=lambda kind: kind.name)
+def test_heads_that_blocks_do_not_divide_are_refused(kind) -> None:
+    for size in (80, 16):
+        with pytest.raises(KernelError, match=f"heads of {size}; use f16"):
+            KVCache(shape_of(2, 2, size), 1, Capacity(cache_type=kind))
 
 
 @settings(max_examples=20, deadline=None)
