@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from phiquant.errors import KernelError
+from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu.cache import KVCache
 from phiquant.kernels.cpu.operation import NativeOp, Region, StepHeader
 from phiquant.kernels.cpu.target import LOWERINGS, Target, host
@@ -64,6 +65,8 @@ class Machine:
         for part, x in enumerate((keys, values)):
             blocks = quantize(x, kind).view(block_dtype(kind))
             levels = blocks["x" if "x" in blocks.dtype.names else "qs"].reshape(len(x), heads, -1)
+            if kind is GGMLType.Q4_0:
+                levels = levels ^ np.uint8(0x88)
             plane = planes[:, :, part]
             size = levels.shape[2] * levels.itemsize * tokens
             area = plane[:, :, :size].view(levels.dtype)

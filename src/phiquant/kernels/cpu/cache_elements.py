@@ -8,9 +8,10 @@ A plane is one head's keys, or its values, of the T tokens of a page; n are the 
     Q8_0    int8    [n][T],    half [n / 32][T]    int8    [T][n],    half [n / 32][T]
     Q4_0    byte    [n / 2][T], half [n / 32][T]   byte    [T][n / 2], half [n / 32][T]
 
-A byte of Q4_0 holds channel j of its 32 in bits 0 to 3 and channel j + 16 in bits 4 to 7, as in a GGUF file; scales and
-levels are those that `quants.quantize` gives. Scales stand apart and by tokens, for both sides of attention have a
-number for each token to multiply them into, so that no channel is ever multiplied by a scale.
+A byte of Q4_0 holds channel j of its 32 in bits 0 to 3 and channel j + 16 in bits 4 to 7, as in a GGUF file, but as
+signed numbers, -8 to 7, which shifts alone can widen. Scales and levels are those that `quants.quantize` gives. Scales
+stand apart and by tokens, for both sides of attention have a number for each token to multiply them into, so that no
+channel is ever multiplied by a scale.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TypeVar
 
 from ...gguf.types import GGMLType
 from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
-from .simd import float_to_half, half_to_float, has_float_table, lookup_floats, reduce, round_away
+from .simd import float_to_half, half_to_float, lookup_floats, reduce, round_away
 
 __all__ = ["Elements", "Place", "elements_of", "spans"]
 
@@ -190,16 +191,16 @@ class _Bytes(_Levels):
 
 
 class _Nibbles(_Levels):
-    """Q4_0: the value of largest magnitude becomes -8, sign included; levels are stored 8 higher."""
+    """Q4_0: the value of largest magnitude becomes -8, sign included; levels are -8 to 7."""
 
     type, offsets = GGMLType.Q4_0, (0, _HALF_BLOCK)
 
     def _level(self, e: Emitter, packed: Value, high: bool) -> Value:
         """Of bytes, the low or the high four bits as float32."""
-        if e.target.lowering == "avx512vnni" and has_float_table(e, 16):
-            index = packed.zext(I32).lsr(4) if high else packed.zext(I32) & 15
-            return lookup_floats(e, range(-8, 8), index)
-        return ((packed.lsr(4) if high else packed & 15) - 8).sext(I32).to_float()
+        word = packed.sext(I32)
+        if e.target.lowering == "avx512vnni":
+            return lookup_floats(e, (*range(8), *range(-8, 0)), word.lsr(4) & 15 if high else word & 15)
+        return (word >> 4 if high else (word << 28) >> 28).to_float()
 
     def keys(self, e: Emitter, address: Value, lanes: int) -> list[Value]:
         packed = e.load(address, vec(I8, lanes))
@@ -221,7 +222,7 @@ class _Nibbles(_Levels):
         inverse = _reciprocal(e, d)
         scaled = [v * inverse + 8.5 for v in parts]
         low, high = (e.min(e.where(e.abs(v) < 2.0**31, v, 0.0).to_int(), 15).trunc(I8) for v in scaled)
-        return d, [low | (high << 4)]
+        return d, [(low | (high << 4)) ^ -0x78]  # 0x88: from 8 higher to signed numbers
 
 
 _KNOWN: dict[GGMLType, Elements] = {
