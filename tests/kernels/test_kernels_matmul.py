@@ -21,7 +21,7 @@ from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu import activations, library, matmul, matmul_tiles
 from phiquant.kernels.cpu.matmul_blocks import WideLevels
 from phiquant.kernels.cpu.operation import NativeOp, Region, aligned
-from phiquant.kernels.cpu.target import Target
+from phiquant.kernels.cpu.target import Target, host
 from phiquant.kernels.ops import Weight
 from phiquant.kernels.reference.activations import activation_block, round_activations
 from phiquant.quants.iquants import d_iq1_m
@@ -341,13 +341,13 @@ def test_refuses_types_without_a_kernel() -> None:
         matmul.prepare(Weight("norm", GGMLType.F32, (4,), np.zeros(16, np.uint8)))
 
 
-@every_type
-def test_unpacked_gives_the_same_bits(kind: GGMLType, each_target: Target, machine: Any) -> None:
+def check_unpacked(kind: GGMLType, target: Target, machine: Any) -> None:
+    """Panels made while they are multiplied give the bits of those that are there."""
     rng = np.random.default_rng(5)
     columns = 37 if kind.block_elements == 1 else 2 * max(256, kind.block_elements)
     weight = random_weight(kind, 37, columns, rng)
-    panels = matmul.prepare(weight, target=each_target)
-    rows = matmul.prepare(weight, target=each_target, pack_now=False)
+    panels = matmul.prepare(weight, target=target)
+    rows = matmul.prepare(weight, target=target, pack_now=False)
     assert np.may_share_memory(rows.data, weight.data)
     assert matmul.buffer_bytes(panels, 2) == 0
     for count, threads in ((1, 1), (3, 2), (16, 2), (17, 2), (300, 1)):
@@ -362,3 +362,13 @@ def test_unpacked_gives_the_same_bits(kind: GGMLType, each_target: Target, machi
         matmul.bind(
             rows, region, Region(np.zeros((1, 37), np.float32), region.count), add=False, scratch=scratch, threads=1
         )
+
+
+@every_type
+def test_unpacked_gives_the_same_bits(kind: GGMLType, machine: Any) -> None:
+    check_unpacked(kind, host(), machine)
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q4_K, GGMLType.IQ2_S], ids=lambda t: t.name)
+def test_unpacked_gives_the_same_bits_in_every_lowering(kind: GGMLType, each_target: Target, machine: Any) -> None:
+    check_unpacked(kind, each_target, machine)
