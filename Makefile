@@ -31,7 +31,7 @@ demo: $(VENV)/.ready ## convert, quantize and run the bundled model; a table of 
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.ready-tests ## the tests that need neither torch nor llama.cpp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 check: $(VENV)/.ready-tests ## linter, formatting, types, imports between rooms, generated documentation
 	$(BIN)/ruff check .
