@@ -4,6 +4,7 @@ The truth is float64 arithmetic on the operands the kernel works with: dequantiz
 """
 
 import ctypes
+import dataclasses
 import mmap
 import re
 import sys
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from phiquant import quants
 from phiquant.errors import KernelError, UnsupportedError
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.cpu import activations, library, matmul, matmul_tiles
+from phiquant.kernels.cpu import activations, library, matmul, matmul_tiles, swiglu
 from phiquant.kernels.cpu.matmul_blocks import WideLevels
 from phiquant.kernels.cpu.operation import NativeOp, Region, aligned
 from phiquant.kernels.cpu.target import Target, host
@@ -372,3 +373,20 @@ def test_unpacked_gives_the_same_bits(kind: GGMLType, machine: Any) -> None:
 @pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q4_K, GGMLType.IQ2_S], ids=lambda t: t.name)
 def test_unpacked_gives_the_same_bits_in_every_lowering(kind: GGMLType, each_target: Target, machine: Any) -> None:
     check_unpacked(kind, each_target, machine)
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_K], ids=lambda kind: kind.name)
+def test_gating_on_the_way_changes_no_bit(kind: GGMLType, each_target: Target, machine: Any) -> None:
+    rng = np.random.default_rng(11)
+    for count, columns in ((1, 768), (21, 256 if kind is not GGMLType.F16 else 301)):
+        packed = matmul.prepare(random_weight(kind, 40, columns, rng), target=each_target)
+        x = (rng.standard_normal((count, 2 * columns)) * 4).astype(np.float32)
+        between, apart, together = (np.zeros((count, width), np.float32) for width in (columns, 40, 40))
+        scratch = np.zeros(matmul.scratch_bytes(packed, count), np.uint8)
+        regions = [machine.region(array, count) for array in (x, between, apart, together)]
+        first, second, third, fourth = (dataclasses.replace(r, count=regions[0].count) for r in regions)
+        options = {"add": False, "scratch": scratch, "threads": 2}
+        machine.run(swiglu.bind(first, second, each_target), *matmul.bind(packed, second, third, **options))
+        machine.run(*matmul.bind(packed, first, fourth, gated=True, **options))
+        assert np.array_equal(apart, together)
+        assert np.abs(apart).max() > 0

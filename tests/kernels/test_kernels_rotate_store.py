@@ -25,11 +25,12 @@ TYPES = tuple(CACHE_TYPES.values())
     kind=st.sampled_from(TYPES),
     portion=st.sampled_from([0.0, 0.5, 0.75, 1.0]),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    page_tokens=st.sampled_from([16, 64]),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_it_equals_the_formula_to_the_bit(
-    each_target, machine, poisoned, kv_heads, group, head_size, kind, portion, lengths, threads, seed
+    each_target, machine, poisoned, kv_heads, group, head_size, kind, portion, lengths, page_tokens, threads, seed
 ) -> None:
     rng = np.random.default_rng(seed)
     head_size = -(-head_size // kind.block_elements) * kind.block_elements
@@ -40,14 +41,14 @@ def test_it_equals_the_formula_to_the_bit(
         tokens=room,
         sequences=len(lengths),
         pages=8 * len(lengths),
-        page_tokens=16,
+        page_tokens=page_tokens,
         pages_per_sequence=8,
         cache_type=kind,
     )
     cache, tables = KVCache(shape, 2, capacity), StepTables.of(shape, capacity)
     for layer in cache.layers:
         layer[:] = 255  # NaN
-    starts = rng.integers(0, 8 * 16 - 40, len(lengths))
+    starts = rng.integers(0, 8 * page_tokens - 40, len(lengths))
     tables.positions[:n] = np.concatenate([np.arange(s, s + m) for s, m in zip(starts, lengths, strict=True)])
     tables.slots[:n] = np.repeat(np.arange(len(lengths)), lengths)
     tables.pages[:] = rng.permutation(capacity.pages).reshape(len(lengths), 8)
@@ -67,7 +68,7 @@ def test_it_equals_the_formula_to_the_bit(
     expected, untouched = KVCache(shape, 2, capacity), cache.layers[0]
     for layer in expected.layers:
         layer[:] = 255
-    places = tables.pages[tables.slots[:n], tables.positions[:n] // 16], tables.positions[:n] % 16
+    places = tables.pages[tables.slots[:n], tables.positions[:n] // page_tokens], tables.positions[:n] % page_tokens
     first = shape.heads + kv_heads
     machine.fill(expected, 1, *places, rotated[:, shape.heads : first], heads[:, first:])
     assert np.array_equal(cache.layers[1], expected.layers[1])

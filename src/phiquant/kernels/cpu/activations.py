@@ -8,6 +8,9 @@ weights), their scales, and the sums that the weight format needs:
 
 Chunks are stored [chunk][row]: the same chunk of neighbouring rows is adjacent, at a distance that is a constant of the
 kernel, so that a tile of several columns is addressed from one register and streams through the cache.
+
+Where the activations are the product of a SwiGLU that nothing else reads, they are gated on the way ("gated"): a row is
+then the gates and what they are multiplied with, and what they yield is never written as float32.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Literal
 from .emit import F32, I8, I16, I32, Emitter, Value, vec
 from .operation import Arguments, tickets
 from .simd import concatenate, dot_quads, nearest_int, reduce
+from .swiglu import apply_gate
 
 __all__ = ["ARGUMENTS", "CHUNK", "PADDING", "Activations", "body", "chunk_stride"]
 
@@ -76,8 +80,12 @@ def chunk_stride(count: Value, form: Activations) -> Value:
     return (count + (PADDING - 1)).udiv(PADDING) * (PADDING * form.stride)
 
 
-def body(form: Activations) -> Callable[..., None]:
-    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in."""
+Source = Callable[["Value | int", int], Value]
+"""Reads float32 lanes at an offset in bytes."""
+
+
+def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
+    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in (gated: 2 columns)."""
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         count_at, x, out, columns = ARGUMENTS.read_all(e, block)
@@ -91,7 +99,7 @@ def body(form: Activations) -> Callable[..., None]:
             with e.loop(first, e.min(first + _UNITS, units)) as unit:
                 row = unit.udiv(chunks)
                 chunk = unit - row * chunks
-                source = x + (row * columns + chunk * CHUNK) * 4
+                source = _source(e, x + ((row * columns << int(gated)) + chunk * CHUNK) * 4, columns, gated)
                 target = out + chunk * between + row * form.stride
                 left = e.min(columns - chunk * CHUNK, CHUNK)
                 if not form.group:
@@ -104,12 +112,22 @@ def body(form: Activations) -> Callable[..., None]:
     return kernel
 
 
-def _copy(e: Emitter, source: Value, target: Value, left: Value) -> None:
+def _source(e: Emitter, at: Value, columns: Value, gated: bool) -> Source:
+    def plain(offset: Value | int, lanes: int) -> Value:
+        return e.load(at + offset, vec(F32, lanes))
+
+    def multiplied(offset: Value | int, lanes: int) -> Value:
+        return apply_gate(e, plain(offset, lanes), e.load(at + 4 * columns + offset, vec(F32, lanes)))
+
+    return multiplied if gated else plain
+
+
+def _copy(e: Emitter, source: Source, target: Value, left: Value) -> None:
     whole = left & ~15
     with e.loop(0, whole, 16) as i:
-        e.store(e.load(source + i * 4, vec(F32, 16)), target + i * 4)
+        e.store(source(i * 4, 16), target + i * 4)
     with e.loop(whole, left) as i:
-        e.store(e.load(source + i * 4, F32), target + i * 4)
+        e.store(source(i * 4, 1), target + i * 4)
 
 
 def _magnitude(e: Emitter, parts: list[Value]) -> Value:
@@ -137,9 +155,9 @@ def _folded(v: Value, times: int) -> Value:
     return v
 
 
-def _round_chunk(e: Emitter, form: Activations, source: Value, target: Value) -> None:
+def _round_chunk(e: Emitter, form: Activations, source: Source, target: Value) -> None:
     """256 values with one scale. llama.cpp's sign of the scale is dropped: it cancels in every product."""
-    parts = [e.load(source + 64 * i, vec(F32, 16)) for i in range(16)]
+    parts = [source(64 * i, 16) for i in range(16)]
     scale, inverse = _scales(e, _magnitude(e, parts))
     sums = []
     for i in range(4):
@@ -156,11 +174,10 @@ def _round_chunk(e: Emitter, form: Activations, source: Value, target: Value) ->
         e.store(total * -form.centre, target + form.sums_offset)
 
 
-def _round_groups(e: Emitter, form: Activations, source: Value, target: Value, left: Value) -> None:
+def _round_groups(e: Emitter, form: Activations, source: Source, target: Value, left: Value) -> None:
     """Up to 8 groups of 32 values, each with its scale and sum."""
     with e.loop(0, left.udiv(form.group)) as g:
-        at = source + g * (4 * form.group)
-        parts = [e.load(at, vec(F32, 16)), e.load(at + 64, vec(F32, 16))]
+        parts = [source(g * (4 * form.group) + offset, 16) for offset in (0, 64)]
         scale, inverse = _scales(e, _magnitude(e, parts))
         low, high = (nearest_int(e, p * inverse) for p in parts)
         e.store(e.join(low.trunc(I8), high.trunc(I8)), target + g * form.group)

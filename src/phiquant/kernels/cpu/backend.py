@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +108,8 @@ class _Binder:
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
         self.buffers = aligned(max(rooms, default=0))
+        self.gates = _gates(program)
+        self.gated = {id(op) for op in self.gates.values()}
         self.bound = [self._bind(op) for op in program.operations]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
@@ -129,14 +132,16 @@ class _Binder:
                 return [rms_norm.bind(at["x"], op.weight.data.view(np.float32), op.epsilon, at["out"])]
             case ops.MatMul():
                 packed = self.packed[id(op.weight)]
+                gate = self.gates.get(id(op))
                 return matmul.bind(
                     packed,
-                    at["x"],
+                    self.regions[id(gate.x)] if gate else at["x"],
                     at["out"],
                     add=op.add,
                     scratch=self.scratch,
                     threads=self.threads,
                     buffers=self.buffers,
+                    gated=gate is not None,
                 )
             case ops.RotateStore():
                 return [rotate_store.bind(at["qkv"], at["q_out"], self.tables, self.cache, op.layer)]
@@ -147,12 +152,36 @@ class _Binder:
                     )
                 ]
             case ops.SwiGLU():
-                return [swiglu.bind(at["x"], at["out"])]
+                return [] if id(op) in self.gated else [swiglu.bind(at["x"], at["out"])]
             case ops.Select():
                 return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
             case ops.SumSquares():
                 return [sum_squares.bind(at["x"], op.sums, op.counts)]
         raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
+
+
+def _gates(program: ops.Program) -> dict[int, ops.SwiGLU]:
+    """By the matrix multiplication that comes next and alone reads its output, every SwiGLU of which that is true.
+
+    Such a multiplication gates its activations itself: what lies between is neither written nor read.
+    """
+    operations = program.operations
+    found = {}
+    for i, (op, after) in enumerate(itertools.pairwise(operations)):
+        if isinstance(op, ops.SwiGLU) and isinstance(after, ops.MatMul) and after.x is op.out:
+            if not _read(op.out, operations[i + 2 :]):
+                found[id(after)] = op
+    return found
+
+
+def _read(buffer: ops.Buffer, operations: Sequence[ops.Operation]) -> bool:
+    """Whether a buffer is read before it is written again."""
+    for op in operations:
+        if any(value is buffer for name, value in vars(op).items() if name != "out"):
+            return True
+        if getattr(op, "out", None) is buffer:
+            return getattr(op, "add", False)
+    return False
 
 
 def _cost(op: ops.Operation, natives: int) -> list[_Cost]:

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from ...gguf.types import GGMLType
 from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
-from .simd import float_to_half, half_to_float, lookup_floats, reduce, round_away
+from .simd import float_to_half, half_to_float, lookup_floats, reduce, round_away, transpose
 
 __all__ = ["Elements", "Place", "elements_of", "spans"]
 
@@ -92,12 +92,31 @@ class Elements(ABC):
         return half_to_float(e, e.load(address, vec(I16, lanes)))
 
     @abstractmethod
-    def store_key(self, e: Emitter, x: Value, to: Place) -> None:
-        """Write the float32 channels at `x` as the key of a token."""
+    def write(self, e: Emitter, x: Value, at: Value, to: Place) -> None:
+        """Write the float32 channels at `x` as elements side by side from `at`, and their scales into the plane."""
 
-    @abstractmethod
     def store_value(self, e: Emitter, x: Value, to: Place) -> None:
         """Write the float32 channels at `x` as the value of a token."""
+        self.write(e, x, to.plane + self.token_bytes(to.channels) * to.token, to)
+
+    def store_keys(self, e: Emitter, keys: Value, between: int, count: int, to: Place) -> None:
+        """Move the elements of `count` keys (1 or 16), which are `between` bytes apart, to the rows of the plane."""
+        size = self.key_bytes
+        kind, elements = {1: I8, 2: I16, 4: I32}[size], self.token_bytes(to.channels) // size
+        whole = elements // count * count
+        with e.loop(0, whole, count) as i:
+            rows = [e.load(keys + between * t + size * i, vec(kind, count)) for t in range(count)]
+            for j, row in enumerate(transpose(e, rows)):
+                e.store(row, to.plane + size * ((i + j) * to.tokens + to.token))
+        with e.loop(whole, elements) as i:
+            for t in range(count):
+                element = e.load(keys + between * t + size * i, kind)
+                e.store(element, to.plane + size * (i * to.tokens + to.token + t))
+
+    def fetch_keys(self, e: Emitter, to: Place) -> None:
+        """Ask for the lines that the key of a token will be written to: each of its elements has one of its own."""
+        with e.loop(0, self.token_bytes(to.channels) // self.key_bytes) as i:
+            e.prefetch(to.plane + self.key_bytes * (i * to.tokens + to.token), write=True)
 
 
 class _Floats(Elements):
@@ -119,16 +138,9 @@ class _Floats(Elements):
         v = e.load(x, vec(F32, lanes))
         return v.bits(vec(I32, lanes)) if self.type is GGMLType.F32 else float_to_half(e, v)
 
-    def store_key(self, e: Emitter, x: Value, to: Place) -> None:
+    def write(self, e: Emitter, x: Value, at: Value, to: Place) -> None:
         for i, lanes in spans(e, e.integer(0), to.channels):
-            v = self._element(e, x + 4 * i, lanes)
-            for lane in range(lanes):
-                e.store(v.lane(lane), to.plane + self.key_bytes * ((i + lane) * to.tokens + to.token))
-
-    def store_value(self, e: Emitter, x: Value, to: Place) -> None:
-        values = to.plane + self.token_bytes(to.channels) * to.token
-        for i, lanes in spans(e, e.integer(0), to.channels):
-            e.store(self._element(e, x + 4 * i, lanes), values + self.key_bytes * i)
+            e.store(self._element(e, x + 4 * i, lanes), at + self.key_bytes * i)
 
 
 class _Levels(Elements):
@@ -148,17 +160,10 @@ class _Levels(Elements):
             e.store(float_to_half(e, scale), scales + 2 * (i * to.tokens + to.token))
             yield i * self.token_bytes(self.block), levels
 
-    def store_key(self, e: Emitter, x: Value, to: Place) -> None:
+    def write(self, e: Emitter, x: Value, at: Value, to: Place) -> None:
         for first, levels in self._blocks(e, x, to):
             for i, part in enumerate(levels):
-                for lane in range(part.lanes):
-                    e.store(part.lane(lane), to.plane + (first + (part.lanes * i + lane)) * to.tokens + to.token)
-
-    def store_value(self, e: Emitter, x: Value, to: Place) -> None:
-        values = to.plane + self.token_bytes(to.channels) * to.token
-        for first, levels in self._blocks(e, x, to):
-            for i, part in enumerate(levels):
-                e.store(part, values + first + part.lanes * i)
+                e.store(part, at + first + part.lanes * i)
 
 
 def _halves(e: Emitter, x: Value) -> tuple[Value, Value]:

@@ -126,6 +126,7 @@ def bind(
     scratch: NDArray[np.uint8],
     threads: int,
     buffers: NDArray[np.uint8] | None = None,
+    gated: bool = False,
 ) -> list[NativeOp]:
     """The operations of out = W x, or with `add` of out += W x, for as many rows as x's count says.
 
@@ -137,6 +138,7 @@ def bind(
         scratch: at least `scratch_bytes(packed, x.capacity)`; free for others once the operations are done.
         threads: size of the team.
         buffers: at least `buffer_bytes(packed, threads)`, aligned to 64 bytes; free for others as `scratch`.
+        gated: x is the input of a SwiGLU, float32 [rows, 2 inputs], and W meets its output.
 
     Raises:
         KernelError: a shape, an element type or a size does not fit.
@@ -146,7 +148,7 @@ def bind(
     needed = scratch_bytes(packed, x.capacity)
     fits = (
         (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
-        (x.width == packed.columns, f"its {packed.columns} inputs meet rows of {x.width}"),
+        (x.width == packed.columns << int(gated), f"its {packed.columns} inputs meet rows of {x.width}"),
         (out.width == packed.rows, f"its {packed.rows} outputs meet rows of {out.width}"),
         (out.capacity >= x.capacity and x.count == out.count, "inputs and outputs differ in their number of rows"),
         (not np.may_share_memory(x.array, out.array), "inputs and outputs overlap"),
@@ -158,7 +160,8 @@ def bind(
         if not holds:
             raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
-    rounding = function(f"activations.{form.name}", 4, activations.body(form), target)
+    name = f"activations.{form.name}" + (".gated" if gated else "")
+    rounding = function(name, 4, activations.body(form, gated=gated), target)
     name = f"matmul.{packed.type.name}" + ("" if packed.panels else ".unpacked")
     multiply = function(name, 4, matmul_tiles.body(f, target, packed=packed.panels), target)
     first = activations.ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=packed.columns)

@@ -15,6 +15,7 @@ from .cache_elements import Elements, Place, spans
 from .emit import F32, I32, I64, Emitter, Value, vec
 from .library import function
 from .operation import Arguments, NativeOp, Region, tickets
+from .simd import reduce
 from .target import Target, host
 
 __all__ = ["MOST_CHANNELS", "bind"]
@@ -23,6 +24,7 @@ MOST_CHANNELS = 256
 """Channels of a head that there is room for."""
 
 _TOKENS = 16
+_BETWEEN = 4 * MOST_CHANNELS + 64  # bytes from one key to the next while they wait; more than a power of two
 
 ARGS = Arguments(
     "count", "qkv", "q_out", "cos", "sin", "positions", "slots", "pages", "columns", "cache", "page_bytes",
@@ -79,33 +81,75 @@ def _emitter(elements: Elements) -> Callable[..., None]:
         n, group, kv_heads, half = a["head_size"], a["group"], a["kv_heads"], a["rotary"] // 2
         tokens = e.load(a["count"], I64)
         q_width, kv_width = kv_heads * group * n, kv_heads * n
-        rotated = e.scratch(4 * MOST_CHANNELS)
+        rotated, keys = e.scratch(4 * MOST_CHANNELS), e.scratch(_TOKENS * _BETWEEN)
 
-        def one(head: Value, token: Value) -> None:
+        def rotate(head: Value, token: Value) -> Value:
+            """Queries to where they belong, the key to `rotated`; the address of the key before."""
             row = a["qkv"] + 4 * (q_width + 2 * kv_width) * token
             cos, sin = (a[name] + 4 * half * token for name in ("cos", "sin"))
             with e.loop(head * group, head * group + group) as h:
                 _rotate(e, row + 4 * n * h, a["q_out"] + 4 * (q_width * token + n * h), cos, sin, half, n)
             key = row + 4 * (q_width + n * head)
+            # The next head of this token, for which its turn comes after that of other tokens, rows away.
+            with e.loop(4 * n, 8 * n, 64) as line:
+                e.prefetch(key + line)
+                e.prefetch(key + 4 * kv_width + line)
+            with e.loop(4 * n * group * (head + 1), 4 * n * group * (head + 2), 64) as line:
+                e.prefetch(row + line)
+                e.prefetch(a["q_out"] + 4 * q_width * token + line, write=True)
             _rotate(e, key, rotated, cos, sin, half, n)
+            return key
+
+        def place_of(head: Value, token: Value) -> Place:
             position = e.load(a["positions"] + 4 * token, I32).sext(I64)
             slot = e.load(a["slots"] + 4 * token, I32).sext(I64)
             place, within = position // a["page_tokens"], position % a["page_tokens"]
             page = e.load(a["pages"] + 4 * (slot * a["columns"] + place), I32).sext(I64)
             plane = a["cache"] + page * a["page_bytes"] + 2 * head * a["plane_bytes"]
-            to = Place(plane, within, n, a["page_tokens"])
-            elements.store_key(e, rotated, to)
-            elements.store_value(e, key + 4 * kv_width, replace(to, plane=plane + a["plane_bytes"]))
+            return Place(plane, within, n, a["page_tokens"])
 
-        # A ticket is a few tokens, so that a head's plane stays in the first-level cache while they are written to it;
-        # of few tokens, with one head, so that all threads have work.
+        def store(head: Value, token: Value, to: Place, row: Value) -> None:
+            """All of a token but its key, whose elements are left at `row`."""
+            key = rotate(head, token)
+            elements.write(e, rotated, row, to)
+            elements.store_value(e, key + 4 * kv_width, replace(to, plane=to.plane + a["plane_bytes"]))
+
+        def alone(head: Value, token: Value) -> None:
+            to = place_of(head, token)
+            elements.fetch_keys(e, to)
+            store(head, token, to, keys)
+            elements.store_keys(e, keys, _BETWEEN, 1, to)
+
+        def together(head: Value, first: Value) -> None:
+            to = place_of(head, first)
+            with e.loop(0, _TOKENS) as i:
+                store(head, first + i, replace(to, token=to.token + i), keys + _BETWEEN * i)
+            elements.store_keys(e, keys, _BETWEEN, _TOKENS, to)
+
+        def neighbours(first: Value) -> Value:
+            """Whether tokens from `first` are one after the other in one page of a sequence."""
+            integers = vec(I32, _TOKENS)
+            positions, slots = (e.load(a[name] + 4 * first, integers) for name in ("positions", "slots"))
+            start = positions.lane(0)
+            differ = ((positions - start) ^ e.const(integers, range(_TOKENS))) | (slots ^ slots.lane(0))
+            room = start.sext(I64) % a["page_tokens"] + _TOKENS <= a["page_tokens"]
+            return (reduce(e, e.where(differ == 0, e.const(integers, 0), 1), "max") == 0) & room
+
+        # A ticket is a few tokens, whose keys are written together where they are neighbours: the elements of one key
+        # alone are far apart. Of few tokens a ticket has one head, so that all threads have work.
         chunks = (tokens + (_TOKENS - 1)) // _TOKENS
         pieces = e.where(chunks < 2 * threads, kv_heads, 1)
         with tickets(e, counter, chunks * pieces) as ticket:
             first, piece = ticket // pieces * _TOKENS, ticket % pieces
             heads = kv_heads // pieces
             last = e.min(first + _TOKENS, tokens)
-            with e.loop(piece * heads, piece * heads + heads) as head, e.loop(first, last) as token:
-                one(head, token)
+            one_by_one = e.var(1)
+            with e.when(last - first == _TOKENS):
+                one_by_one.set(e.where(neighbours(first), e.integer(0), 1))
+            with e.loop(piece * heads, piece * heads + heads) as head, e.choose(one_by_one.get() == 0) as (yes, no):
+                with yes:
+                    together(head, first)
+                with no, e.loop(first, last) as token:
+                    alone(head, token)
 
     return body

@@ -9,7 +9,7 @@ from .operation import Arguments, NativeOp, Region, tickets
 from .simd import exp
 from .target import Target, host
 
-__all__ = ["bind"]
+__all__ = ["apply_gate", "bind"]
 
 ARGS = Arguments("count", "x", "out", "width", "pieces")
 _LANES, _PIECE = 16, 1024  # channels of a ticket: a row of a large model is shared out, a ticket costs under 1 %
@@ -24,6 +24,11 @@ def bind(x: Region, out: Region, target: Target | None = None) -> NativeOp:
     return NativeOp(function("swiglu", 4, _emit, target or host()), block, (x, out))
 
 
+def apply_gate(e: Emitter, g: Value, up: Value) -> Value:
+    """silu(g) * up, float32 lanes."""
+    return g / (1.0 + exp(e, -g)) * up
+
+
 def _emit(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
     count, x, out, width, pieces = ARGS.read_all(e, block)
     t, single = vec(F32, _LANES), vec(F32, 1)
@@ -35,7 +40,7 @@ def _emit(e: Emitter, block: Value, thread: Value, threads: Value, counter: Valu
         whole = stop - (stop - start) % _LANES
         with e.loop(start, whole, _LANES) as i:
             g = e.load(gate + 4 * i, t)
-            e.store(g / (1.0 + exp(e, -g)) * e.load(up + 4 * i, t), target + 4 * i)
+            e.store(apply_gate(e, g, e.load(up + 4 * i, t)), target + 4 * i)
         with e.loop(whole, stop) as i:
             g = e.load(gate + 4 * i, single)
-            e.store(g / (1.0 + exp(e, -g)) * e.load(up + 4 * i, single), target + 4 * i)
+            e.store(apply_gate(e, g, e.load(up + 4 * i, single)), target + 4 * i)
