@@ -68,7 +68,7 @@ class Emitter:
     """Builds the body of one function for one target."""
 
     def __init__(self, b: ir.IRBuilder, target: Target) -> None:
-        self.b, self.target = b, target
+        self.b, self.target, self._in_order = b, target, False
 
     # -- constants and conversion -------------------------------------------------------------------------------
 
@@ -182,7 +182,17 @@ class Emitter:
 
     def load(self, address: Value, t: ir.Type, align: int = 1) -> Value:
         """Read a value of type `t`."""
-        return Value(self, self.b.load(self._pointer(address, t), align=align, typ=t))
+        v = Value(self, self.b.load(self._pointer(address, t), align=align, typ=t))
+        if self._in_order:
+            self.b.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], True)
+        return v
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Loads inside stay in the order that they are emitted in, which LLVM otherwise does not care for."""
+        before, self._in_order = self._in_order, True
+        yield
+        self._in_order = before
 
     def store(self, v: Value, address: Value, align: int = 1) -> None:
         """Write a value."""

@@ -5,10 +5,14 @@ only (Q6_K with its two planes apart came from memory at a third of the speed). 
 each row:
 
     Q2_K   d 0, dmin 32, scales 64 (words of two bytes x 16: sub-blocks 2 j and 2 j + 1), qs 320
-    Q3_K   d 0, scales 64 (int8 x 16, in order of runs, bias taken off), hmask 320, qs 832
+    Q3_K   d 0, scales 64 (int8 x 16, in order of runs, bias taken off), then 4 groups of pairs and 2 of top bits for
+           each run, 320 + 384 run
     Q4_K   d 0, dmin 32, for each run low bits 64 + 32 run and high bits 192 + 16 run of its scales, qs 256
-    Q5_K   as Q4_K up to the scales, qh 256, qs 768
+    Q5_K   as Q4_K up to the scales, then 8 groups of nibbles and 2 of top bits for each run, 256 + 640 run
     Q6_K   d 0, scales 64 (int8 x 16, in order of runs), then 8 low groups and 4 high ones for each run, 320 + 768 run
+
+Top bits are gathered, four or eight neighbouring groups in a byte, so that a run needs none but its own: bit 2 i + t of
+group g of Q5_K belongs to group 4 g + i of its sub-block t, bit 4 i + t of group g of Q3_K to group 2 g + i of t.
 
 Formats with 16 sub-blocks keep 4 levels in corresponding bits of neighbouring 32 weights. A run of theirs is half of
 the groups of bytes of half a super-block, and yields 4 sub-blocks that lie 32 weights apart.
@@ -139,18 +143,22 @@ class Q3K(_Signed):
             byte = (parts[j // 4 % 2].lsr(8 * (j % 4)) & 255).lsr(4 * (j // 8)) & 15
             top = tops[j % 4].lsr(2 * (j // 4)) & 3
             e.store(((byte | (top << 4)) - 32).trunc(I8), chunk + (64 + _position(j) * LANES))
-        words(e, rows, 0, chunk, 320, 8)
-        words(e, rows, 32, chunk, 832, 16)
+        masks = [gather(e, rows, 4 * i, I32) for i in range(8)]
+        for run in range(4):
+            at, half, first = 384 * run + 320, run >> 1, (run & 1) * 4
+            words(e, rows, 32 + 32 * half + 4 * first, chunk, at, 4)
+            for g in range(2):
+                low, high = (masks[first + 2 * g + i].lsr(4 * half) & 0x0F0F0F0F for i in range(2))
+                e.store(low | (high << 4), chunk + (at + (4 + g) * ENTRY))
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
-        at = chunk + run * (4 * ENTRY) + 832
+        at = chunk + run * (6 * ENTRY) + 320
         low = [e.load(at + i * ENTRY, LEVELS) for i in range(4)]
-        # Bits 4 h ... 4 h + 3 of the masks belong to half h.
-        masks_at, shift = chunk + (run & 1) * (4 * ENTRY) + 320, ((run >> 1) * 4).trunc(I16)
-        masks = [e.load(masks_at + i * ENTRY, vec(I16, 32)).lsr(shift).bits(LEVELS) for i in range(4)]
+        tops = [e.load(at + (4 + g) * ENTRY, LEVELS) for g in range(2)]
         return [
-            [(moved(low[i], -2 * turn) & 3) | (moved(masks[i], 2 - turn) & 4) for i in range(4)] for turn in range(4)
+            [(moved(low[i], -2 * turn) & 3) | (moved(tops[i // 2], 2 - 4 * (i % 2) - turn) & 4) for i in range(4)]
+            for turn in range(4)
         ]
 
 
@@ -169,7 +177,7 @@ class Q4K(KFormat):
     def __init__(self, five: bool) -> None:
         self.five = five
         self.chunk_bytes, self.block_bytes = (2816, 176) if five else (2304, 144)
-        self.below, self.qs = (32, 768) if five else (16, 256)
+        self.below, self.groups = (32, 10) if five else (16, 8)
 
     def pack_block(self, e: Emitter, rows: list[Value], chunk: Value) -> None:
         """Interleave one super-block of 16 rows."""
@@ -188,20 +196,24 @@ class Q4K(KFormat):
             twos = s0.lsr(4) | (m0.lsr(4) << 2) | (s1.lsr(4) << 4) | (m1.lsr(4) << 6)
             e.store(fours.trunc(I16), chunk + (64 + run * 2 * LANES))
             e.store(twos.trunc(I8), chunk + (192 + run * LANES))
-        if self.five:
-            words(e, rows, 16, chunk, 256, 8)
-        words(e, rows, 48 if self.five else 16, chunk, self.qs, 32)
+        tops = [gather(e, rows, 16 + 4 * i, I32) for i in range(8)] if self.five else []
+        for run in range(4):
+            at = 256 + run * self.groups * ENTRY
+            words(e, rows, (48 if self.five else 16) + 32 * run, chunk, at, 8)
+            for g in range(self.groups - 8):
+                parts = [(top.lsr(2 * run) & 0x03030303) << (2 * i) for i, top in enumerate(tops[4 * g : 4 * g + 4])]
+                e.store(parts[0] | parts[1] | parts[2] | parts[3], chunk + (at + (8 + g) * ENTRY))
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""
-        at = chunk + run * (8 * ENTRY) + self.qs
+        at = chunk + run * (self.groups * ENTRY) + 256
+        entries = [e.load(at + i * ENTRY, LEVELS) for i in range(self.groups)]
         low, high = [], []
-        for i in range(8):
-            a, b = nibbles(e.load(at + i * ENTRY, LEVELS))
+        for i, entry in enumerate(entries[:8]):
+            a, b = nibbles(entry)
             if self.five:
-                # Bits 2 run and 2 run + 1 of the plane; shifted so that they stand at 0 and 1.
-                top = e.load(chunk + (256 + i * ENTRY), vec(I16, 32)).lsr((run * 2).trunc(I16)).bits(LEVELS)
-                a, b = a | (moved(top, 4) & 16), b | (moved(top, 3) & 16)
+                top, bit = entries[8 + i // 4], 2 * (i % 4)
+                a, b = a | (moved(top, 4 - bit) & 16), b | (moved(top, 3 - bit) & 16)
             low.append(a)
             high.append(b)
         return [low, high]
