@@ -1,16 +1,19 @@
 """What kernels become on processors and systems that this machine is not."""
 
+import ctypes
 import re
 from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding as llvm
 import pytest
 
+from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cache_types import CACHE_TYPES
-from phiquant.kernels.cpu import attention, rms_norm, rotate_store, select_rows, swiglu, team
+from phiquant.kernels.cpu import attention, matmul, matmul_tiles, rms_norm, rotate_store, select_rows, swiglu, team
 from phiquant.kernels.cpu.cache_elements import elements_of
-from phiquant.kernels.cpu.emit import Emitter, Value
-from phiquant.kernels.cpu.library import emit_assembly
+from phiquant.kernels.cpu.emit import I64, Emitter, Value
+from phiquant.kernels.cpu.library import emit_assembly, function
 from phiquant.kernels.cpu.target import Target
 
 pytestmark = pytest.mark.cpu
@@ -21,6 +24,19 @@ TARGETS = {
     "arm mac": (Target("arm64-apple-darwin", "apple-m1", "", "neon"), "fmla"),
     "avxvnni": (Target("x86_64-unknown-linux-gnu", "alderlake", f"+avxvnni,{AVX2}", "avxvnni"), "vfmadd"),
     "windows": (Target("x86_64-pc-windows-msvc", "haswell", AVX2, "avx2"), "vfmadd"),
+}
+AVX512 = f"+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,{AVX2}"
+# What multiplies bytes in a matrix multiplication, as the assembly of each target has it.
+DOTS = {
+    **{
+        name: (target, pattern)
+        for (name, (target, _)), pattern in zip(
+            TARGETS.items(),
+            (r"\bsdot\tv\d+\.4s,", r"\bsdot\.4s\tv\d+,", r"\{vex\}\s+vpdpbusd\t.*%ymm", r"\bvpmaddubsw\t.*%ymm"),
+            strict=True,
+        )
+    },
+    "avx512vnni": (Target("x86_64-unknown-linux-gnu", "icelake-server", AVX512, "avx512vnni"), r"\bvpdpbusd\t.*%zmm"),
 }
 KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     **{f"attention {kind.name}": (4, attention._emitter(96, elements_of(kind))) for kind in CACHE_TYPES.values()},
@@ -66,3 +82,27 @@ def test_threads_wait_as_the_system_has_it(case: tuple[Target, str]) -> None:
     assert ("SwitchToThread" in work) == ("windows" in target.triple)
     assert ("pause" in work) == target.triple.startswith("x86_64")
     assert bool(re.search(r"^\s+(yield|hint\s+#1)", work, re.MULTILINE)) == (target.lowering == "neon")
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q4_K, GGMLType.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", DOTS)
+def test_products_are_dot_instructions(name: str, kind: GGMLType) -> None:
+    """Both ways through a panel: one takes few columns, the other many, and neither multiplies bytes otherwise."""
+    target, expected = DOTS[name]
+    assembly = emit_assembly("matmul", 4, matmul_tiles.body(matmul.FORMATS[kind], target), target)
+    found = re.findall(r"^\s+((?:\{vex\}\s+)?(?:[su]+dot|v?pdpbusds?|v?pmaddubsw)\b.*)$", assembly, re.MULTILINE)
+    assert len(found) >= 16
+    assert [line for line in found if not re.search(expected, line)] == []
+
+
+def test_a_kernel_of_an_emulated_processor_runs_there(emulator: Any, each_target: Target) -> None:
+    def double(e: Emitter, at: Value) -> None:
+        e.store(e.load(at, I64) * 2, at)
+
+    address = function("test.double", 1, double, each_target)
+    word, before = ctypes.c_int64(21), emulator.calls
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)(ctypes.addressof(word))
+    assert word.value == 42
+    assert emulator.calls == before + 1
+    with pytest.raises(RuntimeError, match="touched 0x300000000000: Bad address"):
+        emulator.run(address, 0x300000000008)
