@@ -26,9 +26,12 @@ from phiquant.kernels.cpu.target import Target
 __all__ = ["TARGETS", "Emulator"]
 
 TRIPLE = "aarch64-unknown-linux-gnu"
-TARGETS = {"neon": Target(TRIPLE, "generic", "+neon,+dotprod", "neon")}
+TARGETS = {
+    "i8mm": Target(TRIPLE, "generic", "+neon,+i8mm,+dotprod", "i8mm"),
+    "neon": Target(TRIPLE, "generic", "+neon,+dotprod", "neon"),
+}
 # A processor that has the features of the target and, as far as there is one, no more: others end the process.
-PROCESSORS = {"neon": "neoverse-n1"}
+PROCESSORS = {"i8mm": "max", "neon": "neoverse-n1"}
 
 _COMPILER, _QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 _ORIGIN = "0x100000000000"  # where the harness itself lies: far from whatever a Linux process of 47 bits has

@@ -38,7 +38,7 @@ def dot_quads(e: Emitter, total: Value, unsigned: Value, signed: Value, *, below
         unsigned: i8 × 4n, read as unsigned, every element less than `below`.
         signed: i8 × 4n, in -127..127.
         below: bound of `unsigned`: AVX2's instruction saturates a sum of two products at 32767, so 129 to 256 take
-            another way there, and Arm's signed instruction is used up to 128.
+            another way there, and Arm's signed instruction, all that "neon" has, is used up to 128.
     """
     lowering, lanes = e.target.lowering, total.lanes
     if lowering == "avx512vnni":
@@ -49,6 +49,8 @@ def dot_quads(e: Emitter, total: Value, unsigned: Value, signed: Value, *, below
         return _split(e, 8, _maddubs256, total, unsigned, signed)
     if lowering == "sse41" and below <= 129:
         return _split(e, 4, _maddubs128, total, unsigned, signed)
+    if lowering == "i8mm":
+        return _split(e, 4, _usdot128, total, unsigned, signed)
     if lowering == "neon" and below <= 128:
         return _split(e, 4, _sdot128, total, unsigned, signed)
     # 16-bit products of widened bytes are added by pairs (one instruction on x86), then once more.
@@ -144,6 +146,10 @@ def _sdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
     return e.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", vec(I32, 4), t, u, s)
 
 
+def _usdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    return e.intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8", vec(I32, 4), t, u, s)
+
+
 def lookup(e: Emitter, table: Sequence[int], index: Value) -> Value:
     """table[index[i]] for every byte of `index`, each less than the number of entries, which is 2, 4, 8 or 16.
 
@@ -168,6 +174,7 @@ _SHUFFLES = {
     "avxvnni": ("llvm.x86.avx2.pshuf.b", 32),
     "avx2": ("llvm.x86.avx2.pshuf.b", 32),
     "sse41": ("llvm.x86.ssse3.pshuf.b.128", 16),
+    "i8mm": ("llvm.aarch64.neon.tbl1.v16i8", 16),
     "neon": ("llvm.aarch64.neon.tbl1.v16i8", 16),
 }
 
