@@ -32,9 +32,9 @@ TARGETS = {
 # What multiplies bytes in a matrix multiplication, as each target's assembly has it: all of these and nothing else.
 DOTS = {
     "arm linux": [r"sdot\tv\d+\.4s,"],
-    "arm linux with i8mm": [r"usdot\tv\d+\.4s,"],
+    "arm linux with i8mm": [r"usdot\tv\d+\.4s,", r"usmmla\tv\d+\.4s,"],
     "arm mac": [r"sdot\.4s\tv\d+,"],
-    "arm mac with i8mm": [r"usdot\.4s\tv\d+,"],
+    "arm mac with i8mm": [r"usdot\.4s\tv\d+,", r"usmmla\.4s\tv\d+,"],
     "avxvnni": [r"\{vex\}\s+vpdpbusd\t.*%ymm"],
     "windows": [r"vpmaddubsw\t.*%ymm"],
     "avx512vnni": [r"vpdpbusd\t.*%zmm"],

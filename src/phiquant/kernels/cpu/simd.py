@@ -23,6 +23,7 @@ __all__ = [
     "lookup",
     "lookup_floats",
     "multiply_add",
+    "multiply_pairs",
     "nearest_int",
     "reduce",
     "round_away",
@@ -144,6 +145,21 @@ def _maddubs128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
 
 def _sdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
     return e.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", vec(I32, 4), t, u, s)
+
+
+def multiply_pairs(e: Emitter, total: Value, unsigned: Value, signed: Value) -> Value:
+    """Arm's i8mm: products of 2 × 8 by 8 × 2 matrices of bytes, added to 2 × 2 matrices of i32, rows first.
+
+    Args:
+        total: i32 × n, n a multiple of 4: every 4 are a matrix.
+        unsigned: i8 × 4n, read as unsigned: every 16 are two rows of 8.
+        signed: i8 × 4n: every 16 are two columns of 8.
+    """
+    return _split(e, 4, _usmmla128, total, unsigned, signed)
+
+
+def _usmmla128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    return e.intrinsic("llvm.aarch64.neon.usmmla.v4i32.v16i8", vec(I32, 4), t, u, s)
 
 
 def _usdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
