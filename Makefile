@@ -22,7 +22,7 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity interop bench bench-types table clean
+.PHONY: help demo test check docs arm parity interop bench bench-types table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -32,6 +32,10 @@ demo: $(VENV)/.ready ## convert, quantize and run the bundled model; a table of 
 
 test: $(VENV)/.ready-tests ## the tests that need neither torch nor llama.cpp
 	$(BIN)/python -m pytest -n auto --dist loadscope
+
+arm: $(VENV)/.ready-tests ## the AArch64 kernels, cross-compiled, under qemu-user (installs both with apt-get)
+	sh scripts/install_packages.sh
+	PHIQUANT_EMULATE=aarch64 $(BIN)/python -m pytest -n auto --dist worksteal tests/kernels
 
 check: $(VENV)/.ready-tests ## linter, formatting, types, imports between rooms, generated documentation
 	$(BIN)/ruff check .

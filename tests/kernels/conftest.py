@@ -1,6 +1,11 @@
-"""What tests of native operations share: every lowering this processor can be forced to, and a way to run them."""
+"""What tests of native operations share: every lowering this processor can be forced to, and a way to run them.
 
+With PHIQUANT_EMULATE=aarch64 the tests of `each_target`, and no others, run on the lowerings of an emulated processor.
+"""
+
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,10 @@ from phiquant.kernels.cpu.target import LOWERINGS, Target, host
 from phiquant.kernels.cpu.team import Team, native_program
 from phiquant.quants import block_dtype, quantize
 
+from .emulator import TARGETS, Emulator
+
+EMULATED = os.environ.get("PHIQUANT_EMULATE") == "aarch64"
+
 
 def available() -> list[str]:
     found = []
@@ -26,9 +35,30 @@ def available() -> list[str]:
     return found
 
 
-@pytest.fixture(params=available(), scope="session")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    """Tests of the emulator need one; beside it the tests that know nothing of a target would run as ever."""
+
+    def left_out(item: Any) -> bool:
+        return "each_target" not in item.fixturenames if EMULATED else "emulator" in item.fixturenames
+
+    others = [item for item in items if item.path.parent == Path(__file__).parent and left_out(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(params=TARGETS if EMULATED else available(), scope="session")
 def each_target(request: pytest.FixtureRequest) -> Target:
+    if EMULATED:
+        request.getfixturevalue("emulator")
+        return TARGETS[request.param]
     return host(request.param)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[Emulator]:
+    made = Emulator()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from phiquant.kernels.cpu import backend as backend_module
 from phiquant.kernels.cpu.backend import CpuBackend, CpuExecutable
 from phiquant.kernels.cpu.describe import describe
 from phiquant.kernels.cpu.operation import Arguments
-from phiquant.kernels.cpu.target import host
+from phiquant.kernels.cpu.target import LOWERINGS, host
 from phiquant.kernels.reference import ReferenceBackend
 from phiquant.kernels.select import select
 
@@ -332,7 +332,7 @@ print(said, describe()["kernel cache"].endswith("MB)"))
     assert lines == ["['compiling kernels for this processor, once'] True\n", "[] True\n"]
 
 
-@pytest.mark.parametrize("lowering", ["avx512vnni", "avxvnni", "avx2", "sse41", "neon", "generic"])
+@pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_forced_lowering_runs_the_whole_model(lowering: str) -> None:
     try:
         host(lowering)

@@ -5,12 +5,13 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from phiquant.errors import KernelError
-from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu import library, target
 from phiquant.kernels.cpu.emit import I64, Emitter, Value
 from phiquant.kernels.cpu.target import host
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.cpu
 
 PROGRAM = """
 import ctypes, sys
-from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu import library, target
 library.on_compile.append(lambda name: print("compiled", name))
 def body(e, x):
     e.store(e.load(x, __import__("phiquant.kernels.cpu.emit", fromlist=["I64"]).I64) * 3, x)
@@ -46,7 +47,7 @@ def test_second_start_loads_what_the_first_compiled(tmp_path: Path) -> None:
 
 TABLE = """
 import ctypes, sys
-from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu import library, target
 from phiquant.kernels.cpu.emit import I64
 library.on_compile.append(lambda name: print("compiled", name))
 def body(e, x):
@@ -106,7 +107,39 @@ def test_unknown_and_missing_lowerings_are_named() -> None:
     with pytest.raises(KernelError, match="nonsense"):
         host("nonsense")
     with pytest.raises(KernelError, match="lacks the lowering"):
-        host("neon" if host().lowering != "neon" else "sse41")
+        host("sse41" if host().arm else "neon")
+
+
+@pytest.fixture
+def arm(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bool]]:
+    """Features of the Arm processor that this machine pretends to be."""
+    features = {"neon": True, "dotprod": True, "i8mm": True, "sve": True}
+    monkeypatch.setattr(target.llvm, "get_default_triple", lambda: "aarch64-unknown-linux-gnu")
+    monkeypatch.setattr(target.llvm, "get_host_cpu_features", lambda: features)
+    host.cache_clear()
+    yield features
+    host.cache_clear()
+
+
+def test_an_arm_processor_gets_the_best_that_it_has(arm: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PHIQUANT_LOWERING", raising=False)
+    best = host()
+    assert (best.lowering, best.arm) == ("i8mm", True)
+    assert best.features == "+dotprod,+i8mm,+neon,+sve"
+    assert host("neon").features == "+neon,+dotprod", "a lesser one does without what it stands without"
+    assert host("generic").features == "+neon"
+    reasons = target.not_chosen()
+    assert reasons["avx2"] == "for another kind of processor"
+    assert reasons["neon"] == reasons["generic"] == "i8mm is better"
+    with pytest.raises(KernelError, match="lacks the lowering 'avx2'; it has i8mm, neon, generic"):
+        host("avx2")
+    arm["i8mm"] = False
+    host.cache_clear()
+    assert host().lowering == "neon"
+    assert target.not_chosen()["i8mm"] == "the processor lacks i8mm"
+    arm["dotprod"] = False
+    host.cache_clear()
+    assert host().lowering == "generic"
 
 
 def test_one_name_is_compiled_once() -> None:

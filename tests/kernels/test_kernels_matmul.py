@@ -242,6 +242,9 @@ def test_intended_instructions(kind: GGMLType, each_target: Target) -> None:
         assert ("psignb" in text) == isinstance(f, WideLevels)
     else:
         assert not found & {"vpdpbusd", "pmaddubsw", "vfmadd"}
+        if each_target.arm:
+            used = set(re.findall(r"\b(u?sdot|u?s?mmla)\b", text))
+            assert used == ({"usdot", "usmmla"} if lowering == "i8mm" else {"sdot"})
     assert ("%zmm" in text) == (lowering == "avx512vnni")
     assert ("%ymm" in text) == lowering.startswith("avx") or lowering == "avx512vnni"
     assert not re.search(r"\bcall\w*\s+(?!\*)", text), "a kernel must not call library functions"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phiquant import quants
-from phiquant.errors import KernelError, UnsupportedError, WeightsError
+from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels import quantize as module
 from phiquant.kernels.cpu import target
@@ -100,13 +100,8 @@ def test_other_sources_are_widened_exactly(type, source):
         assert np.array_equal(quantize_rows(x.view(np.uint16), source, type, weights), expected)
 
 
-@pytest.mark.parametrize("lowering", [name for name in target.LOWERINGS if name != "neon"])
 @pytest.mark.parametrize("type", [*BLOCKED, GGMLType.F16, GGMLType.BF16])
-def test_every_lowering_gives_the_same_bytes(type, lowering, monkeypatch):
-    try:
-        machine = target.host(lowering)
-    except KernelError as refusal:
-        pytest.skip(str(refusal))
+def test_every_lowering_gives_the_same_bytes(type, each_target, monkeypatch):
     x = inputs("heavy", 5, 768, seed=5)
     half = stored(x, GGMLType.F16)
     compiled = []
@@ -114,7 +109,7 @@ def test_every_lowering_gives_the_same_bytes(type, lowering, monkeypatch):
 
     def forced(name, arguments, body):
         compiled.append(name)
-        return function(name, arguments, body, machine)
+        return function(name, arguments, body, each_target)
 
     monkeypatch.setattr(module.library, "function", forced)
     caches = (module._quantizer, module._dequantizer, module._floats)

@@ -1,26 +1,43 @@
 """What kernels become on processors and systems that this machine is not."""
 
+import ctypes
 import re
 from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding as llvm
 import pytest
 
+from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cache_types import CACHE_TYPES
-from phiquant.kernels.cpu import attention, rms_norm, rotate_store, select_rows, swiglu, team
+from phiquant.kernels.cpu import attention, matmul, matmul_tiles, rms_norm, rotate_store, select_rows, swiglu, team
 from phiquant.kernels.cpu.cache_elements import elements_of
-from phiquant.kernels.cpu.emit import Emitter, Value
-from phiquant.kernels.cpu.library import emit_assembly
+from phiquant.kernels.cpu.emit import I64, Emitter, Value
+from phiquant.kernels.cpu.library import emit_assembly, function
 from phiquant.kernels.cpu.target import Target
 
 pytestmark = pytest.mark.cpu
 
 AVX2 = "+avx2,+fma,+f16c"
+AVX512 = f"+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,{AVX2}"
 TARGETS = {
     "arm linux": (Target("aarch64-unknown-linux-gnu", "generic", "+neon,+dotprod", "neon"), "fmla"),
+    "arm linux with i8mm": (Target("aarch64-unknown-linux-gnu", "generic", "+neon,+i8mm,+dotprod", "i8mm"), "fmla"),
     "arm mac": (Target("arm64-apple-darwin", "apple-m1", "", "neon"), "fmla"),
+    "arm mac with i8mm": (Target("arm64-apple-darwin", "apple-m2", "", "i8mm"), "fmla"),
     "avxvnni": (Target("x86_64-unknown-linux-gnu", "alderlake", f"+avxvnni,{AVX2}", "avxvnni"), "vfmadd"),
     "windows": (Target("x86_64-pc-windows-msvc", "haswell", AVX2, "avx2"), "vfmadd"),
+    "avx512vnni": (Target("x86_64-unknown-linux-gnu", "icelake-server", AVX512, "avx512vnni"), "vfmadd"),
+}
+# What multiplies bytes in a matrix multiplication, as each target's assembly has it: all of these and nothing else.
+DOTS = {
+    "arm linux": [r"sdot\tv\d+\.4s,"],
+    "arm linux with i8mm": [r"usdot\tv\d+\.4s,", r"usmmla\tv\d+\.4s,"],
+    "arm mac": [r"sdot\.4s\tv\d+,"],
+    "arm mac with i8mm": [r"usdot\.4s\tv\d+,", r"usmmla\.4s\tv\d+,"],
+    "avxvnni": [r"\{vex\}\s+vpdpbusd\t.*%ymm"],
+    "windows": [r"vpmaddubsw\t.*%ymm"],
+    "avx512vnni": [r"vpdpbusd\t.*%zmm"],
 }
 KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     **{f"attention {kind.name}": (4, attention._emitter(96, elements_of(kind))) for kind in CACHE_TYPES.values()},
@@ -37,10 +54,15 @@ def named(assembly: str) -> set[str]:
 
 
 @pytest.fixture(params=TARGETS)
-def case(request: pytest.FixtureRequest) -> tuple[Target, str]:
+def name_of_target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def case(name_of_target: str) -> tuple[Target, str]:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    return TARGETS[request.param]
+    return TARGETS[name_of_target]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -65,4 +87,29 @@ def test_threads_wait_as_the_system_has_it(case: tuple[Target, str]) -> None:
     assert ("nanosleep" in work) == ("darwin" in target.triple)
     assert ("SwitchToThread" in work) == ("windows" in target.triple)
     assert ("pause" in work) == target.triple.startswith("x86_64")
-    assert bool(re.search(r"^\s+(yield|hint\s+#1)", work, re.MULTILINE)) == (target.lowering == "neon")
+    assert bool(re.search(r"^\s+(yield|hint\s+#1)", work, re.MULTILINE)) == target.arm
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q4_K, GGMLType.Q8_0], ids=lambda kind: kind.name)
+def test_products_are_dot_instructions(case: tuple[Target, str], name_of_target: str, kind: GGMLType) -> None:
+    """Both ways through a panel: one takes few columns, the other many, and neither multiplies bytes otherwise."""
+    target, _ = case
+    assembly = emit_assembly("matmul", 4, matmul_tiles.body(matmul.FORMATS[kind], target), target)
+    multiplied = r"^\s+((?:\{vex\}\s+)?(?:u?sdot|us?mmla|smmla|v?pdpbusds?|v?pmaddubsw)\b.*)$"
+    found = re.findall(multiplied, assembly, re.MULTILINE)
+    for expected in DOTS[name_of_target]:
+        assert sum(bool(re.match(expected, line)) for line in found) >= 16
+    assert [line for line in found if not any(re.match(expected, line) for expected in DOTS[name_of_target])] == []
+
+
+def test_a_kernel_of_an_emulated_processor_runs_there(emulator: Any, each_target: Target) -> None:
+    def double(e: Emitter, at: Value) -> None:
+        e.store(e.load(at, I64) * 2, at)
+
+    address = function("test.double", 1, double, each_target)
+    word, before = ctypes.c_int64(21), emulator.calls
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)(ctypes.addressof(word))
+    assert word.value == 42
+    assert emulator.calls == before + 1
+    with pytest.raises(RuntimeError, match="touched 0x300000000000: Bad address"):
+        emulator.run(address, 0x300000000008)

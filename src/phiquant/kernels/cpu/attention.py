@@ -127,6 +127,7 @@ class _Pass:
 # Accumulators fill the registers: 32 of 16 lanes, 32 of 4, 16 of 8, 16 of 4.
 _PASSES = {
     "avx512vnni": (_Pass(8, 2), _Pass(4, 4), _Pass(2, 4), _Pass(1, 4)),
+    "i8mm": (_Pass(4, 1), _Pass(2, 2), _Pass(1, 4)),
     "neon": (_Pass(4, 1), _Pass(2, 2), _Pass(1, 4)),
     "avxvnni": (_Pass(4, 1), _Pass(2, 2), _Pass(1, 4)),
     "avx2": (_Pass(4, 1), _Pass(2, 2), _Pass(1, 4)),
@@ -145,7 +146,7 @@ class _Kernel:
         self.channels = elements.block or head_size  # that have one scale, or none
         self.lanes = e.target.vector_bytes // 4
         self.vector = vec(F32, self.lanes)
-        self.accumulators = 24 if e.target.lowering in ("avx512vnni", "neon") else 12
+        self.accumulators = 24 if e.target.lowering == "avx512vnni" or e.target.arm else 12
         self.a = dict(zip(ARGS.names, ARGS.read_all(e, block), strict=True))
         self.scale = self.a["scale"].trunc(I32).bits(F32)
         rows = self.a["rows"]

@@ -28,13 +28,19 @@ from ...errors import KernelError
 from .emit import I64, VOID, Emitter, Value
 from .target import Target, host
 
-__all__ = ["cache_directory", "emit_assembly", "function", "on_compile"]
+__all__ = ["cache_directory", "emit_assembly", "function", "linkers", "on_compile"]
 
 _DIGEST = 32  # bytes of SHA-256 before the object
 LIMIT = 256 << 20  # bytes kept in the cache directory; the files used longest ago go first
 
 on_compile: list[Callable[[str], None]] = []
 """Called with a kernel's name before it is compiled (not when it is loaded): the place to show progress."""
+
+linkers: dict[str, Callable[[Target, str, int, bytes], int]] = {}
+"""By triple: who gives an object file for another processor an address that can be called here, as an emulator can.
+
+Called with the target, the kernel's symbol, its number of arguments and the object file.
+"""
 
 _lock = threading.RLock()
 _loaded: dict[str, int] = {}
@@ -63,7 +69,8 @@ def function(name: str, arguments: int, body: Callable[..., None], target: Targe
                 notify(name)
             data = target.machine().emit_object(_module(symbol, arguments, body, target))
             _write(path, data)
-        address = _link(symbol, data)
+        linker = linkers.get(target.triple)
+        address = linker(target, symbol, arguments, data) if linker else _link(symbol, data)
         _loaded[key] = address
         return address
 

@@ -12,7 +12,8 @@ exact integer; only what happens to that integer is floating-point, and the same
 Levels are unsigned. Where the format's are biased by a centre, the dot product starts at -centre times the sum of the
 activations, which the activations carry.
 
-Unpacked chunk, for P panels and a sub-block of S weights, every entry 64 bytes:
+Unpacked chunk, for P panels and a sub-block of S weights, every entry 64 bytes (levels in the order of `matmul_pairs`
+where that is used):
 
     first sub-block (in the order of runs):  levels[P][S / 4]  scale[P]  minimum[P] (Q4_1, Q5_1)
     second:  ...
@@ -25,6 +26,7 @@ from abc import abstractmethod
 
 from .activations import CHUNK
 from .emit import F32, I8, I16, I32, Emitter, Value, vec
+from .matmul_pairs import PairDot, has_pairs, paired
 from .matmul_tiles import LANES, Floats, Format
 from .simd import concatenate, dot_pairs, dot_quads, half_to_float, multiply_add
 
@@ -196,7 +198,7 @@ class BlockFormat(Format):
                 lows = self.minimums(e, chunk, run) if self.minimum else []
                 for s, levels in enumerate(self.levels(e, chunk, run)):
                     at = scratch + (run * self.run + s) * sub_bytes
-                    for j, v in enumerate(levels):
+                    for j, v in enumerate(paired(levels) if has_pairs(e.target) else levels):
                         e.store(v, at + (p * quads + j) * ENTRY, align=ENTRY)
                     e.store(scales[s], at + (panels * quads + p) * ENTRY, align=ENTRY)
                     if lows:
@@ -225,24 +227,43 @@ class BlockFormat(Format):
             values.append([e.var(self._begin(e, xc, y, mins, dmin)) for xc, y in zip(x, sums[p], strict=True)])
         with e.loop(0, left.udiv(self.span)) as position:
             at, sub = scratch + position * sub_bytes, self.sub(position)
-            starts = [self.start(e, xc, sub) for xc in x]
-            dots = [[Dot(self, e, start) for start in starts] for _ in range(panels)]
-            for j in range(quads):
-                levels = [entry(at, p * quads + j, LEVELS) for p in range(panels)]
-                for c, xc in enumerate(x):
-                    quad = self._quad(e, xc, sub, j)
-                    for p in range(panels):
-                        dots[p][c].add(levels[p], quad)
+            dots = (self._pair_dots if has_pairs(e.target) else self._dots)(e, at, x, sub, panels)
             for p in range(panels):
                 scale = entry(at, panels * quads + p, vec(F32, LANES))
                 low = entry(at, panels * (quads + 1) + p, vec(F32, LANES)) if self.minimum else None
                 for c, xc in enumerate(x):
                     v = values[p][c]
-                    v.set(self._apply(e, xc, sub, v.get(), dots[p][c].sum(), scale, low))
+                    v.set(self._apply(e, xc, sub, v.get(), dots[p][c], scale, low))
         return [
             [self._end(e, xc, v.get(), y) for xc, v, y in zip(x, values[p], sums[p], strict=True)]
             for p in range(panels)
         ]
+
+    def _dots(self, e: Emitter, at: Value, x: list[Value], sub: Value, panels: int) -> list[list[Value]]:
+        """Dot products [panel][column] of a sub-block whose unpacked levels are at an address."""
+        quads = self.span // 4
+        starts = [self.start(e, xc, sub) for xc in x]
+        dots = [[Dot(self, e, start) for start in starts] for _ in range(panels)]
+        for j in range(quads):
+            levels = [e.load(at + (p * quads + j) * ENTRY, LEVELS, align=ENTRY) for p in range(panels)]
+            for c, xc in enumerate(x):
+                quad = self._quad(e, xc, sub, j)
+                for p in range(panels):
+                    dots[p][c].add(levels[p], quad)
+        return [[dot.sum() for dot in line] for line in dots]
+
+    def _pair_dots(self, e: Emitter, at: Value, x: list[Value], sub: Value, panels: int) -> list[list[Value]]:
+        """The same of levels that are `paired`, for an even number of columns."""
+        quads = self.span // 4
+        starts = [self.start(e, xc, sub) for xc in x]
+        columns = [xc + sub * self.span for xc in x]
+        dots = [[PairDot(e, both) for both in zip(starts[::2], starts[1::2], strict=True)] for _ in range(panels)]
+        for j in range(0, quads, 2):
+            for p in range(panels):
+                levels = [e.load(at + (p * quads + i) * ENTRY, LEVELS, align=ENTRY) for i in (j, j + 1)]
+                for dot, a, b in zip(dots[p], columns[::2], columns[1::2], strict=True):
+                    dot.add(levels, (a + 4 * j, b + 4 * j))
+        return [[total for dot in line for total in dot.sums()] for line in dots]
 
     # -- through panels as they are stored ----------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ __all__ = [
     "lookup",
     "lookup_floats",
     "multiply_add",
+    "multiply_pairs",
     "nearest_int",
     "reduce",
     "round_away",
@@ -38,7 +39,7 @@ def dot_quads(e: Emitter, total: Value, unsigned: Value, signed: Value, *, below
         unsigned: i8 × 4n, read as unsigned, every element less than `below`.
         signed: i8 × 4n, in -127..127.
         below: bound of `unsigned`: AVX2's instruction saturates a sum of two products at 32767, so 129 to 256 take
-            another way there, and Arm's signed instruction is used up to 128.
+            another way there, and Arm's signed instruction, all that "neon" has, is used up to 128.
     """
     lowering, lanes = e.target.lowering, total.lanes
     if lowering == "avx512vnni":
@@ -49,6 +50,8 @@ def dot_quads(e: Emitter, total: Value, unsigned: Value, signed: Value, *, below
         return _split(e, 8, _maddubs256, total, unsigned, signed)
     if lowering == "sse41" and below <= 129:
         return _split(e, 4, _maddubs128, total, unsigned, signed)
+    if lowering == "i8mm":
+        return _split(e, 4, _usdot128, total, unsigned, signed)
     if lowering == "neon" and below <= 128:
         return _split(e, 4, _sdot128, total, unsigned, signed)
     # 16-bit products of widened bytes are added by pairs (one instruction on x86), then once more.
@@ -144,6 +147,25 @@ def _sdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
     return e.intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", vec(I32, 4), t, u, s)
 
 
+def multiply_pairs(e: Emitter, total: Value, unsigned: Value, signed: Value) -> Value:
+    """Arm's i8mm: products of 2 × 8 by 8 × 2 matrices of bytes, added to 2 × 2 matrices of i32, rows first.
+
+    Args:
+        total: i32 × n, n a multiple of 4: every 4 are a matrix.
+        unsigned: i8 × 4n, read as unsigned: every 16 are two rows of 8.
+        signed: i8 × 4n: every 16 are two columns of 8.
+    """
+    return _split(e, 4, _usmmla128, total, unsigned, signed)
+
+
+def _usmmla128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    return e.intrinsic("llvm.aarch64.neon.usmmla.v4i32.v16i8", vec(I32, 4), t, u, s)
+
+
+def _usdot128(e: Emitter, t: Value, u: Value, s: Value) -> Value:
+    return e.intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8", vec(I32, 4), t, u, s)
+
+
 def lookup(e: Emitter, table: Sequence[int], index: Value) -> Value:
     """table[index[i]] for every byte of `index`, each less than the number of entries, which is 2, 4, 8 or 16.
 
@@ -168,6 +190,7 @@ _SHUFFLES = {
     "avxvnni": ("llvm.x86.avx2.pshuf.b", 32),
     "avx2": ("llvm.x86.avx2.pshuf.b", 32),
     "sse41": ("llvm.x86.ssse3.pshuf.b.128", 16),
+    "i8mm": ("llvm.aarch64.neon.tbl1.v16i8", 16),
     "neon": ("llvm.aarch64.neon.tbl1.v16i8", 16),
 }
 

@@ -15,12 +15,14 @@ __all__ = ["LOWERINGS", "Target", "host", "not_chosen"]
 
 # Best first. Each names the features that its instructions need and those that a forced choice switches off.
 _X86 = ("avx512vnni", "avxvnni", "avx2", "sse41")
-LOWERINGS = (*_X86, "neon", "generic")
+_ARM = ("i8mm", "neon")
+LOWERINGS = (*_X86, *_ARM, "generic")
 _NEEDS = {
     "avx512vnni": ("avx512vnni", "avx512bw", "avx512vl", "avx512dq", "avx512f", "fma", "f16c"),
     "avxvnni": ("avxvnni", "avx2", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
     "sse41": ("sse4.1", "ssse3"),
+    "i8mm": ("i8mm", "dotprod"),
     "neon": ("dotprod",),
     "generic": (),
 }
@@ -36,6 +38,11 @@ class Target:
     lowering: str
 
     @property
+    def arm(self) -> bool:
+        """Whether it is a 64-bit Arm processor, whatever its lowering."""
+        return _is_arm(self.triple)
+
+    @property
     def vector_bytes(self) -> int:
         """Width of the registers that code is written for."""
         return {"avx512vnni": 64, "avxvnni": 32, "avx2": 32}.get(self.lowering, 16)
@@ -43,17 +50,26 @@ class Target:
     @property
     def has_half(self) -> bool:
         """Whether half precision is converted by the processor."""
-        return "+f16c" in self.features.split(",") or self.lowering == "neon"
+        return "+f16c" in self.features.split(",") or self.arm
 
     @property
     def has_fma(self) -> bool:
         """Whether a * b + c with one rounding is an instruction; else it is a slow call of the C library."""
-        return "+fma" in self.features.split(",") or self.triple.startswith(("aarch64", "arm64"))
+        return "+fma" in self.features.split(",") or self.arm
 
     def machine(self, *, jit: bool = True) -> Any:
         """LLVM's target machine."""
         t = llvm.Target.from_triple(self.triple)
         return t.create_target_machine(cpu=self.cpu, features=self.features, opt=3, jit=jit)
+
+
+def _is_arm(triple: str) -> bool:
+    return triple.startswith(("aarch64", "arm64"))
+
+
+def _is_for(lowering: str, arm: bool) -> bool:
+    """Whether a lowering is one of Arm processors, or of the others."""
+    return lowering == "generic" or (lowering in _ARM) == arm
 
 
 def _initialize() -> None:
@@ -72,12 +88,8 @@ def host(forced: str | None = None) -> Target:
     forced = forced or os.environ.get("PHIQUANT_LOWERING") or None
     triple = llvm.get_default_triple()
     have: dict[str, bool] = dict(llvm.get_host_cpu_features())
-    arm = triple.startswith(("aarch64", "arm64"))
-    possible = [
-        name
-        for name in LOWERINGS
-        if (name == "generic" or (name == "neon") == arm) and all(have.get(f) for f in _NEEDS[name])
-    ]
+    arm = _is_arm(triple)
+    possible = [name for name in LOWERINGS if _is_for(name, arm) and all(have.get(f) for f in _NEEDS[name])]
     if forced and forced not in LOWERINGS:
         raise KernelError(f"PHIQUANT_LOWERING={forced} is not one of {', '.join(LOWERINGS)}")
     if forced and forced not in possible:
@@ -87,7 +99,7 @@ def host(forced: str | None = None) -> Target:
         return Target(triple, llvm.get_host_cpu_name(), have_string(have), lowering)
     # A lesser lowering must not profit from what it stands without: only its own features are switched on.
     if arm:
-        return Target(triple, "generic", "+neon", lowering)
+        return Target(triple, "generic", ",".join(f"+{f}" for f in ("neon", *_NEEDS[lowering])), lowering)
     cpu = {"avxvnni": "alderlake", "avx2": "haswell", "sse41": "nehalem"}.get(lowering, "x86-64")
     return Target(triple, cpu, ",".join(f"+{f}" for f in _NEEDS[lowering]), lowering)
 
@@ -101,11 +113,10 @@ def not_chosen() -> dict[str, str]:
     """Every lowering but the host's, with the reason. Raises KernelError as `host`."""
     have: dict[str, bool] = dict(llvm.get_host_cpu_features())
     target = host()
-    arm = target.triple.startswith(("aarch64", "arm64"))
     reasons: dict[str, str] = {}
     for name in LOWERINGS:
         missing = [feature for feature in _NEEDS[name] if not have.get(feature)]
-        if name != "generic" and (name == "neon") != arm:
+        if not _is_for(name, target.arm):
             reasons[name] = "for another kind of processor"
         elif missing:
             reasons[name] = f"the processor lacks {', '.join(missing)}"
