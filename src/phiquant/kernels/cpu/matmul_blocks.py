@@ -275,7 +275,7 @@ class BlockFormat(Format):
         with e.loop(0, left.udiv(self.span * self.run)) as run:
             scales = self.scales(e, chunk, run)
             lows = self.minimums(e, chunk, run) if self.minimum else []
-            # The processor's prefetcher runs ahead of ascending addresses only, and then it needs no help: at the memory's
+            # The processor's prefetcher runs ahead of ascending addresses only, and then needs no help: at the memory's
             # speed, where LLVM's order with prefetching by hand reached 75 to 95 % of it.
             with e.in_order():
                 runs = self.levels(e, chunk, run)
