@@ -22,7 +22,7 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs arm parity interop bench bench-types table clean
+.PHONY: help demo test check docs arm parity interop bench bench-speed bench-types table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -59,6 +59,11 @@ bench: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## measure against 
 	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
 	$(BIN)/python benchmarks/compare_llama_cpp.py $(SYNTHETIC) \
 		--peer $(INTEROP_VENV)/bin/python --converter-python $(PARITY_VENV)/bin/python --source $(LLAMA_CPP_SOURCE)
+
+bench-speed: $(VENV)/.ready-tests $(LLAMA_CPP_NATIVE)/bin/llama-quantize ## speeds of seven file types against llama-bench (an hour)
+	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
+	test -e $(SYNTHETIC)-F16.gguf || $(BIN)/phiquant convert $(SYNTHETIC) --outfile $(SYNTHETIC)-F16.gguf --outtype f16
+	$(BIN)/python benchmarks/compare_speed.py $(SYNTHETIC)-F16.gguf --against $(LLAMA_CPP_NATIVE)/bin/llama-bench
 
 bench-types: $(VENV)/.ready-tests $(INTEROP_STAMP) $(LLAMA_CPP_NATIVE)/bin/llama-quantize ## measure every file type against llama.cpp (an hour)
 	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
