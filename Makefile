@@ -60,10 +60,12 @@ bench: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## measure against 
 	$(BIN)/python benchmarks/compare_llama_cpp.py $(SYNTHETIC) \
 		--peer $(INTEROP_VENV)/bin/python --converter-python $(PARITY_VENV)/bin/python --source $(LLAMA_CPP_SOURCE)
 
-bench-speed: $(VENV)/.ready-tests $(LLAMA_CPP_NATIVE)/bin/llama-quantize ## speeds of seven file types against llama-bench (an hour)
+bench-speed: $(VENV)/.ready-tests $(LLAMA_CPP_NATIVE)/bin/llama-quantize $(LLAMA_CPP_NATIVE)-avx2/bin/llama-bench ## speeds of seven file types against llama-bench (an hour)
 	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
 	test -e $(SYNTHETIC)-F16.gguf || $(BIN)/phiquant convert $(SYNTHETIC) --outfile $(SYNTHETIC)-F16.gguf --outtype f16
 	$(BIN)/python benchmarks/compare_speed.py $(SYNTHETIC)-F16.gguf --against $(LLAMA_CPP_NATIVE)/bin/llama-bench
+	$(BIN)/python benchmarks/compare_speed.py $(SYNTHETIC)-F16.gguf --against $(LLAMA_CPP_NATIVE)-avx2/bin/llama-bench \
+		--types Q4_K_M --prompts 256,512 --generated 0 --lowering avx2 --build 'build for AVX2'
 
 bench-types: $(VENV)/.ready-tests $(INTEROP_STAMP) $(LLAMA_CPP_NATIVE)/bin/llama-quantize ## measure every file type against llama.cpp (an hour)
 	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
@@ -106,6 +108,11 @@ $(INTEROP_STAMP):
 		$(EXACT) $(INTEROP_VENV)/bin/python $(PIP) --no-binary llama-cpp-python '$(LLAMA_CPP_PYTHON)'
 	test -e $(LLAMA_CPP_SOURCE)/convert_hf_to_gguf.py || sh scripts/fetch_llama_cpp.sh \
 		$(INTEROP_VENV)/bin/python '$(LLAMA_CPP_PYTHON)' $(LLAMA_CPP_SOURCE)
+	@touch $@
+
+$(LLAMA_CPP_NATIVE)-avx2/bin/llama-bench: $(INTEROP_STAMP)
+	sh scripts/build_llama_cpp.sh $(LLAMA_CPP_SOURCE) $(LLAMA_CPP_NATIVE)-avx2 \
+		-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF
 	@touch $@
 
 $(LLAMA_CPP_NATIVE)/bin/llama-quantize: $(INTEROP_STAMP)
