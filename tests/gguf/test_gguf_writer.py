@@ -220,6 +220,25 @@ def test_an_interrupted_process_leaves_nothing(tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("turn", [1, 2], ids=["before", "after"])
+def test_an_interruption_beside_a_write_is_not_waited_for(tmp_path: Path, turn: int) -> None:
+    class Interrupted(threading.Condition):
+        turns = 0
+
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            self.turns += 1
+            if self.turns == turn:
+                raise KeyboardInterrupt
+
+    writer = begun(tmp_path / "a.gguf")
+    name = next(iter(writer._plans))
+    writer._file._state = Interrupted()
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.write(name, bytes(writer._plans[name].nbytes))
+    assert left(tmp_path) == []
+
+
 def test_abort_waits_for_writes_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, go = threading.Event(), threading.Event()
     real, used = os.pwrite, []

@@ -42,7 +42,7 @@ class OutputFile:
         self._temporary: Path | None = None
         self._descriptor = -1
         self._closed = False
-        self._writing = 0  # threads within `put`
+        self._writers: set[int] = set()  # threads within `put`
         self._state = threading.Condition()
 
     def _check_target(self, protect: Iterable[str | os.PathLike[str]]) -> Path:
@@ -92,7 +92,7 @@ class OutputFile:
     @property
     def writing(self) -> int:
         """How many threads are within `put`."""
-        return self._writing
+        return len(self._writers)
 
     def begin(self, size: int, *, fresh: bool = False) -> None:
         """Create the temporary file at its full size, or find it unless `fresh`; OutputError if the disk is full."""
@@ -128,7 +128,7 @@ class OutputFile:
             if self._descriptor < 0 or self._closed:
                 raise ValueError("tensors are written between begin() and commit()")
             before()
-            self._writing += 1
+            self._writers.add(threading.get_ident())
         whole = False
         try:
             while view:
@@ -145,7 +145,7 @@ class OutputFile:
             raise self._refused(error) from error
         finally:
             with self._state:
-                self._writing -= 1
+                self._writers.discard(threading.get_ident())
                 self.failed |= not whole
                 self._state.notify_all()
 
@@ -207,9 +207,13 @@ class OutputFile:
                     path.unlink(missing_ok=True)
 
     def _close_descriptor(self) -> None:
-        """Close the file once no thread writes: a number closed earlier could be another file's by then."""
+        """Close the file once no other thread writes: a number closed earlier could be another file's by then.
+
+        This thread does not, whatever is noted: a Ctrl-C may come between the noting and the writing.
+        """
         with self._state:
-            while self._writing:
+            self._writers.discard(threading.get_ident())
+            while self._writers:
                 self._state.wait()
             descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
