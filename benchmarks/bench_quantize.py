@@ -24,7 +24,8 @@ import numpy as np
 
 from phiquant import quants
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
+from phiquant.kernels.dequantize import FLOATS, dequantize_rows
+from phiquant.kernels.quantize import quantize_rows
 from results import Result, append, commit, processor, today
 
 COLUMNS = 3072

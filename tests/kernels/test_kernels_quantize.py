@@ -20,7 +20,8 @@ from phiquant.kernels import quantize as module
 from phiquant.kernels.cpu import target
 from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE
 from phiquant.kernels.cpu.quantize_iq1_cuts import sorting_network
-from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
+from phiquant.kernels.dequantize import FLOATS, dequantize_rows
+from phiquant.kernels.quantize import quantize_rows
 from phiquant.quants.iquants import IQ4_TABLE
 from phiquant.quants.nonlinear import middles
 

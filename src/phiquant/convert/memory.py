@@ -8,7 +8,7 @@ from phiquant.convert.recipes import PlannedTensor
 from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType
 from phiquant.gguf.checksum import pieces
-from phiquant.kernels.quantize import FLOATS
+from phiquant.kernels.dequantize import FLOATS
 
 __all__ = ["DEFAULT_LIMIT", "bounded_threads", "thread_bytes"]
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from phiquant.errors import WeightsError
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.quantize import FLOATS, dequantize_rows, quantize_rows
+from phiquant.kernels.dequantize import FLOATS, dequantize_rows
+from phiquant.kernels.quantize import quantize_rows
 from phiquant.quants.validity import bad_blocks
 
 __all__ = ["convert_rows", "first_bad_row"]

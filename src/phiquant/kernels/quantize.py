@@ -1,4 +1,4 @@
-"""Quantizing and dequantizing rows with compiled code: the bytes of `quants`, at the speed of the processor.
+"""Quantizing rows with compiled code: the bytes of `quants`, at the speed of the processor.
 
 All functions run without the interpreter lock and keep no state, so that a caller may run them on chunks of rows from
 as many threads as it likes. Kernels are compiled on first use and cached.
@@ -7,7 +7,6 @@ as many threads as it likes. Kernels are compiled on first use and cached.
 from __future__ import annotations
 
 import ctypes
-import zlib
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -17,23 +16,19 @@ import numpy.typing as npt
 from phiquant import quants
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.cpu import library
-from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE, emit_dequantize
 from phiquant.kernels.cpu.emit import Emitter, Value
 from phiquant.kernels.cpu.quantize_iq1 import emit_iq1, iq1_tables
 from phiquant.kernels.cpu.quantize_kquants import emit_kquant
 from phiquant.kernels.cpu.quantize_lanes import INFINITE_INPUT, Arguments, Quantizer
 from phiquant.kernels.cpu.quantize_lattice import emit_lattice
-from phiquant.kernels.cpu.quantize_legacy import emit_floats, emit_legacy, emit_mean_squares
+from phiquant.kernels.cpu.quantize_legacy import emit_legacy, emit_mean_squares
 from phiquant.kernels.cpu.quantize_neighbours import lattice_tables
 from phiquant.kernels.cpu.quantize_nonlinear import emit_nonlinear
 from phiquant.kernels.cpu.quantize_small import emit_small
+from phiquant.kernels.dequantize import FLOATS, convert_floats, dequantize_rows, layout, native
 from phiquant.quants.lattice import LATTICES
 
-__all__ = ["FLOATS", "dequantize_rows", "quantize_rows"]
-
-FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-"""The types that `quantize_rows` reads."""
+__all__ = ["quantize_rows"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -103,7 +98,7 @@ def quantize_rows(
     flags = ctypes.c_int64(0)
     at = ctypes.addressof(flags)
     if not type.is_quantized:
-        _floats(source, type)(x.ctypes.data, out.ctypes.data, rows * n, at)
+        convert_floats(source, type)(x.ctypes.data, out.ctypes.data, rows * n, at)
     else:
         how = _QUANTIZERS[type]
         squares = np.empty(rows if weights is not None and how.row_mean else 0, np.float32)
@@ -129,29 +124,6 @@ def quantize_rows(
     return out
 
 
-def dequantize_rows(data: npt.NDArray[Any], type: GGMLType, rows: int, columns: int) -> Floats:
-    """Values float32 [rows, columns] of `rows` rows of blocks, from their bytes (contiguous); equal to `quants`'s.
-
-    Raises:
-        WeightsError: the bytes are not that many.
-        UnsupportedError: a type that this version does not read.
-    """
-    if type not in FLOATS and type not in DEQUANTIZABLE:
-        raise UnsupportedError(f"weights of type {type.name} are not dequantized by this version")
-    if columns % type.block_elements or data.nbytes != rows * (columns // type.block_elements) * type.block_bytes:
-        raise WeightsError(f"{data.nbytes} bytes are not {rows} rows of {columns} {type.name} weights")
-    if not data.flags.c_contiguous:
-        raise WeightsError("rows to dequantize must be contiguous")
-    out = np.empty((rows, columns), np.float32)
-    if out.size:
-        if type.is_quantized:
-            _dequantizer(type)(data.ctypes.data, out.ctypes.data, out.size // type.block_elements)
-        else:
-            flags = ctypes.c_int64(0)  # what is stored is returned, infinities too
-            _floats(type, GGMLType.F32)(data.ctypes.data, out.ctypes.data, out.size, ctypes.addressof(flags))
-    return out
-
-
 def _complaint(x: npt.NDArray[Any], source: GGMLType, type: GGMLType, flags: int) -> str:
     values = dequantize_rows(x, source, len(x), x.shape[1] * x.itemsize // source.block_bytes)
     bad = ~np.isfinite(values).all(axis=1)
@@ -159,11 +131,6 @@ def _complaint(x: npt.NDArray[Any], source: GGMLType, type: GGMLType, flags: int
         return f"row {int(bad.argmax())} of the weights holds NaN or infinity; repair it or keep them by force"
     row = int(np.abs(values).max(axis=1).argmax())
     return f"row {row} of the weights holds values too large for {type.name} (up to {np.abs(values[row]).max():g})"
-
-
-def _native(name: str, arguments: int, body: Any) -> Any:
-    address = library.function(name, arguments, body)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(address)
 
 
 @cache
@@ -174,27 +141,10 @@ def _quantizer(type: GGMLType, source: GGMLType, weighted: bool) -> Any:
     def body(e: Emitter, *values: Value) -> None:
         how.emit(e, entry, source, weighted, Arguments(*values))
 
-    name = f"quantize.{type.name}.{source.name}.{'weighted' if weighted else 'plain'}.{_layout(type)}"
-    return _native(name, Arguments.COUNT, body)
+    name = f"quantize.{type.name}.{source.name}.{'weighted' if weighted else 'plain'}.{layout(type)}"
+    return native(name, Arguments.COUNT, body)
 
 
 @cache
 def _mean_squares(source: GGMLType) -> Any:
-    return _native(f"mean_squares.{source.name}", 4, lambda e, *values: emit_mean_squares(e, source, *values))
-
-
-@cache
-def _floats(source: GGMLType, to: GGMLType) -> Any:
-    return _native(f"convert.{source.name}.{to.name}", 4, lambda e, *values: emit_floats(e, source, to, *values))
-
-
-@cache
-def _dequantizer(type: GGMLType) -> Any:
-    entry = quants.format_of(type)
-    return _native(f"dequantize.{type.name}.{_layout(type)}", 3, lambda e, *values: emit_dequantize(e, entry, *values))
-
-
-def _layout(type: GGMLType) -> str:
-    """The layout, which lives outside the sources that the kernel cache watches, as part of a kernel's name."""
-    entry = quants.format_of(type)
-    return f"{zlib.crc32(f'{entry.dtype.descr}{entry.planes}'.encode()):08x}"
+    return native(f"mean_squares.{source.name}", 4, lambda e, *values: emit_mean_squares(e, source, *values))

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import KernelError
+from ..dequantize import dequantize_rows
 from ..ops import Weight
-from ..quantize import dequantize_rows
 from .operation import Region
 
 __all__ = ["Embedding"]
