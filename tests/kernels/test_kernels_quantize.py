@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from phiquant import quants
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
+from phiquant.kernels import dequantize as reading
 from phiquant.kernels import quantize as module
-from phiquant.kernels.cpu import target
+from phiquant.kernels.cpu import library, target
 from phiquant.kernels.cpu.dequantize import DEQUANTIZABLE
 from phiquant.kernels.cpu.quantize_iq1_cuts import sorting_network
 from phiquant.kernels.dequantize import FLOATS, dequantize_rows
@@ -106,14 +107,14 @@ def test_every_lowering_gives_the_same_bytes(type, each_target, monkeypatch):
     x = inputs("heavy", 5, 768, seed=5)
     half = stored(x, GGMLType.F16)
     compiled = []
-    function = module.library.function
+    function = library.function
 
     def forced(name, arguments, body):
         compiled.append(name)
         return function(name, arguments, body, each_target)
 
-    monkeypatch.setattr(module.library, "function", forced)
-    caches = (module._quantizer, module._dequantizer, module._floats)
+    monkeypatch.setattr(library, "function", forced)
+    caches = (module._quantizer, reading._dequantizer, reading.convert_floats)
     for cache in caches:
         cache.cache_clear()
     importance = needed(type, 768)
@@ -145,10 +146,10 @@ def test_no_operation_is_contracted_and_nothing_is_called(type, arm, monkeypatch
     written = []
 
     def assemble(name, arguments, body):
-        written.append(module.library.emit_assembly(name, arguments, body, machine))
+        written.append(library.emit_assembly(name, arguments, body, machine))
         return 1
 
-    monkeypatch.setattr(module.library, "function", assemble)
+    monkeypatch.setattr(library, "function", assemble)
     module._quantizer.cache_clear()
     try:
         module._quantizer(type, GGMLType.F16, True)
@@ -218,20 +219,20 @@ def test_every_readable_type_has_a_dequantizer():
 @pytest.mark.parametrize("type", sorted(DEQUANTIZABLE))
 def test_dequantize_equals_the_reference_on_any_bytes(type, each_target, monkeypatch):
     compiled = []
-    function = module.library.function
+    function = library.function
 
     def forced(name, arguments, body):
         compiled.append(name)
         return function(name, arguments, body, each_target)
 
-    monkeypatch.setattr(module.library, "function", forced)
-    module._dequantizer.cache_clear()
+    monkeypatch.setattr(library, "function", forced)
+    reading._dequantizer.cache_clear()
     rng = np.random.default_rng(8)
     data = rng.integers(0, 256, (7, 3 * type.block_bytes), dtype=np.uint8)
     try:
         found = dequantize_rows(data, type, 7, 3 * type.block_elements)
     finally:
-        module._dequantizer.cache_clear()
+        reading._dequantizer.cache_clear()
     assert len(compiled) == 1, "the kernel under test must be the forced one"
     expected = quants.dequantize(data, type, found.shape)
     assert np.array_equal(found, expected, equal_nan=True)
