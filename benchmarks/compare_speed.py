@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,14 @@ def share(name: str, row: dict[str, Any]) -> str:
     if row["n_depth"]:
         return ""
     if row["n_gen"]:
-        return f"{row['avg_ts'] * row['model_size'] / row['read_bytes_per_second']:.0%} of the bandwidth"
-    if name == "F16":
+        each, limits, what = row["model_size"], row["read_bytes_samples"], "bandwidth"
+    elif name == "F16":
         return ""
-    return f"{2 * row['avg_ts'] * row['model_n_params'] / row['dot_products_per_second']:.0%} of the dot products"
+    else:
+        each, limits, what = 2 * row["model_n_params"], row["dot_products_samples"], "dot products"
+    # Turn by turn: a machine's memory may change its speed between them.
+    shares = [each * speed / limit for speed, limit in zip(row["samples_ts"], limits, strict=True)]
+    return f"{statistics.median(shares):.0%} of the {what}"
 
 
 def main() -> None:

@@ -63,6 +63,8 @@ class Result:
             found |= {
                 "dot_products_per_second": statistics.median(self.products),
                 "read_bytes_per_second": statistics.median(self.bandwidth),
+                "dot_products_samples": self.products,
+                "read_bytes_samples": self.bandwidth,
             }
         return found
 
@@ -86,7 +88,7 @@ def render(results: Sequence[Result], form: str) -> str:
         return "".join(json.dumps(document) + "\n" for document in documents)
     if form == "csv":
         out = io.StringIO()
-        names = dict.fromkeys(name for document in documents for name in document if not name.endswith("samples_ts"))
+        names = dict.fromkeys(name for document in documents for name in document if "samples" not in name)
         writer = csv.DictWriter(out, list(names), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(documents)
