@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phiquant.bench import Bench, Peer, Result, grouped, jobs, ratio, render
+from phiquant.bench.measure import Setting
 from phiquant.convert import convert
 from phiquant.errors import RequestError
 
@@ -133,3 +136,19 @@ def test_the_peer(tmp_path: Path) -> None:
     for wrong in (tmp_path, tmp_path / "absent"):
         with pytest.raises(RequestError, match="is not a program"):
             Peer(wrong)
+
+
+@pytest.mark.cpu
+def test_a_depth_at_the_border_of_longrope_is_computed_beyond_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bench(Setting(str(path), 2, 32, "f16"), 64) as bench:
+        lengths, usual = [], bench.llm.generate
+        monkeypatch.setattr(bench.llm, "config", replace(bench.llm.config, original_context_length=32))
+
+        def generate(ids: list[int], **options: Any) -> Any:
+            lengths.append(len(ids))
+            return usual(ids, **options)
+
+        monkeypatch.setattr(bench.llm, "generate", generate)
+        for job in jobs([path], prompts=[4], generated=[3], depths=[31, 32, 33], batches=[32]):
+            bench.seconds(job)
+    assert lengths == [35, 35, 31, 32, 36, 36, 33, 33, 33, 37, 33, 34]
