@@ -15,7 +15,7 @@ from typing import Final, Self
 import numpy as np
 
 from phiquant.errors import RequestError
-from phiquant.llm import LLM
+from phiquant.llm import LLM, PAGE_TOKENS
 
 __all__ = ["Bench", "Job", "grouped", "jobs"]
 
@@ -123,20 +123,22 @@ class Bench:
 
     def seconds(self, job: Job) -> float:
         """Run a job once."""
-        before = self._random(job.depth)
+        before, computed = self._random(job.depth), 0
         if before:
             # What is timed must find its beginning computed, and beyond the border of LongRoPE all of it is another.
             border = self.llm.config.original_context_length
             beyond = job.prompt or 1
             more = beyond if len(before) <= border < len(before) + beyond else 0
             self.llm.generate([*before, *self._random(more)], max_tokens=1, temperature=0, ignore_eos=True)
+            computed = len(before) // PAGE_TOKENS * PAGE_TOKENS if more else len(before)
         took = 0.0
         if job.prompt:
             # The first token comes with the prompt's last logits; generating starts behind it.
-            known, before = len(before), [*before, *self._random(job.prompt)]
-            took += self._timed(before, known, 1)
+            before = [*before, *self._random(job.prompt)]
+            took += self._timed(before, computed, 1)
+            computed = len(before)
         if job.generated:
-            took += self._timed([*before, *self._random(1)], len(before), job.generated)
+            took += self._timed([*before, *self._random(1)], computed, job.generated)
         return took
 
     def close(self) -> None:
