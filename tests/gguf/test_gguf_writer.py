@@ -239,6 +239,26 @@ def test_an_interruption_beside_a_write_is_not_waited_for(tmp_path: Path, turn: 
     assert left(tmp_path) == []
 
 
+def test_bytes_that_an_interruption_left_out_are_never_committed(tmp_path: Path) -> None:
+    class Interrupted(threading.Condition):
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            raise KeyboardInterrupt
+
+    with GGUFWriter(tmp_path / "a.gguf") as writer:
+        for name in "ab":
+            writer.add_tensor(name, (64,), GGMLType.I8)
+        writer.begin()
+        usual, writer._file._state = writer._file._state, Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            writer.write("a", bytes(64))
+        writer._file._state = usual
+        writer.write("b", bytes(64))
+        with pytest.raises(ValueError, match="a write failed"):
+            writer.commit()
+    assert left(tmp_path) == []
+
+
 def test_abort_waits_for_writes_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, go = threading.Event(), threading.Event()
     real, used = os.pwrite, []

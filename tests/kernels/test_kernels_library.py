@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 
 PROGRAM = """
 import ctypes, sys
-from phiquant.kernels.cpu import library, target
+from phiquant.kernels.cpu import library
 library.on_compile.append(lambda name: print("compiled", name))
 def body(e, x):
     e.store(e.load(x, __import__("phiquant.kernels.cpu.emit", fromlist=["I64"]).I64) * 3, x)
@@ -47,7 +47,7 @@ def test_second_start_loads_what_the_first_compiled(tmp_path: Path) -> None:
 
 TABLE = """
 import ctypes, sys
-from phiquant.kernels.cpu import library, target
+from phiquant.kernels.cpu import library
 from phiquant.kernels.cpu.emit import I64
 library.on_compile.append(lambda name: print("compiled", name))
 def body(e, x):

@@ -127,6 +127,7 @@ class OutputFile:
         with self._state:
             if self._descriptor < 0 or self._closed:
                 raise ValueError("tensors are written between begin() and commit()")
+            self.failed |= threading.get_ident() in self._writers  # a Ctrl-C came after the noting: never written
             before()
             self._writers.add(threading.get_ident())
         whole = False
