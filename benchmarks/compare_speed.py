@@ -53,7 +53,7 @@ def share(name: str, row: dict[str, Any]) -> str:
         return ""
     if row["n_gen"]:
         each, limits, what = row["model_size"], row["read_bytes_samples"], "bandwidth"
-    elif name == "F16":
+    elif name in ("F16", "BF16"):
         return ""
     else:
         each, limits, what = 2 * row["model_n_params"], row["dot_products_samples"], "dot products"
