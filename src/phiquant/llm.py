@@ -129,7 +129,7 @@ class LLM:
     def __init__(
         self,
         gguf: GGUFFile,
-        config: arch.Phi3Config,
+        config: arch.Config,
         tokenizer: Tokenizer,
         engine: Engine,
         backend: str,
@@ -217,7 +217,7 @@ class LLM:
             executable = chosen.prepare(record(config, load_weights(gguf, config)), capacity)
             tokenizer = Tokenizer.from_gguf(gguf)
             unused = tokenizer.unused_ids
-            engine = Engine(executable, Rope(config), context, unused[unused < config.vocab_size])
+            engine = Engine(executable, Rope(config.rotary), context, unused[unused < config.vocab_size])
         except BaseException:
             gguf.close()
             raise

@@ -12,7 +12,8 @@ import pytest
 import gguf
 from phiquant import arch
 from phiquant.arch import names
-from phiquant.arch.phi3 import Phi3Config, attention_factor
+from phiquant.arch.phi3 import Phi3Config
+from phiquant.arch.reading import attention_factor
 from phiquant.errors import ArchitectureError, GGUFError, PhiquantError, UnsupportedError
 from phiquant.gguf import GGUFFile
 

@@ -126,7 +126,7 @@ class Bench:
         before, computed = self._random(job.depth), 0
         if before:
             # What is timed must find its beginning computed, and beyond the border of LongRoPE all of it is another.
-            border = self.llm.config.original_context_length
+            border = self.llm.config.rotary.original_context_length
             beyond = job.prompt or 1
             more = beyond if len(before) <= border < len(before) + beyond else 0
             self.llm.generate([*before, *self._random(more)], max_tokens=1, temperature=0, ignore_eos=True)

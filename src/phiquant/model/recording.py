@@ -1,0 +1,18 @@
+"""Which forward pass belongs to which configuration."""
+
+from collections.abc import Mapping
+
+from phiquant.arch import Config, Phi3Config
+from phiquant.errors import ArchitectureError
+from phiquant.kernels.ops import Program, Weight
+from phiquant.model import phi3
+
+__all__ = ["record"]
+
+
+def record(config: Config, weights: Mapping[str, Weight]) -> Program:
+    """The Program that makes logits of tokens; KernelError where a weight does not fit."""
+    match config:
+        case Phi3Config():
+            return phi3.record(config, weights)
+    raise ArchitectureError(f"there is no forward pass for the architecture {config.architecture}")
