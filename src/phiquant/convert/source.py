@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 import phiquant
-from phiquant.convert import hub, phi3
+from phiquant.convert import hub
+from phiquant.convert.architectures import settings_of
 from phiquant.convert.checkpoint import Checkpoint
 from phiquant.convert.entries import Entry, check_entries, string, uint32
 from phiquant.convert.metadata import general_metadata, model_name, read_model_card
@@ -110,14 +111,14 @@ class CheckpointSource(Source):
         try:
             self.name = model_name(directory)
             self.files: Sequence[Path] = sorted({stored.file for stored in checkpoint.tensors.values()})
-            self._settings = phi3.Settings.from_config(checkpoint.config)
-            names = phi3.tensor_names(self._settings, checkpoint.tensors)
-            self._stored = {gguf: checkpoint.tensors[name] for name, gguf in names.items()}
-            self._factors = _factor_tensors(self._settings)
+            self._settings = settings_of(checkpoint.config)
+            self._assembled = self._settings.assemble(checkpoint.tensors)
+            constants = self._settings.constants()
             self.tensors: Sequence[Tensor] = [
-                *(Tensor(name, (len(data) // 4,), GGMLType.F32) for name, data in self._factors.items()),
-                *(Tensor(name, stored.shape, _type_of(stored)) for name, stored in self._stored.items()),
+                *(Tensor(name, values.shape, GGMLType.F32) for name, values in constants.items()),
+                *(Tensor(name, made.shape, _type_of(made.stored)) for name, made in self._assembled.items()),
             ]
+            self._constants = {name: values.reshape(-1).view(np.uint8) for name, values in constants.items()}
             files = TokenizerFiles.read(directory, checkpoint.config)
             self._tokenizer = tokenizer_keys(files, self._settings.vocab_size)
             self._general = self._describe(strips=strips_whitespace(files))
@@ -129,7 +130,7 @@ class CheckpointSource(Source):
     def _describe(self, strips: bool) -> list[Entry]:
         checkpoint = self._checkpoint
         entries = general_metadata(
-            phi3.ARCHITECTURE,
+            self._settings.architecture,
             self.name,
             read_model_card(checkpoint.text("README.md")),
             checkpoint.config,
@@ -143,7 +144,7 @@ class CheckpointSource(Source):
         kind = self._own_file_type() if file_type is None else file_type
         return [
             *self._general,
-            *phi3.architecture_keys(self._settings),
+            *self._settings.entries(),
             uint32(keys.FILE_TYPE, kind),
             uint32(keys.QUANTIZATION_VERSION, QUANTIZATION_VERSION),
             *self._tokenizer,
@@ -157,11 +158,12 @@ class CheckpointSource(Source):
 
     def read_into(self, tensor: str, begin: int, target: _Bytes) -> None:
         """See `Source`."""
-        factors = self._factors.get(tensor)
-        if factors is not None:
-            target[:] = factors[begin : begin + target.size]
-        else:
-            self._checkpoint.read_into(self._stored[tensor], begin, target)
+        constant = self._constants.get(tensor)
+        if constant is not None:
+            target[:] = constant[begin : begin + target.size]
+            return
+        for stored, first, place, size in self._assembled[tensor].spans(begin, target.size):
+            self._checkpoint.read_into(stored, first, target[place : place + size])
 
     def close(self) -> None:
         """See `Source`."""
@@ -239,9 +241,3 @@ def _type_of(stored: StoredTensor) -> GGMLType:
     if not stored.nbytes:
         raise CheckpointError(f"Tensor {stored.name} of {stored.file} is empty.")
     return _DTYPES[stored.dtype]
-
-
-def _factor_tensors(settings: phi3.Settings) -> dict[str, _Bytes]:
-    """LongRoPE's two lists as F32 tensors, which come first in the file."""
-    lists = {"rope_factors_long.weight": settings.long_factors, "rope_factors_short.weight": settings.short_factors}
-    return {name: np.array(values, "<f4").view(np.uint8) for name, values in lists.items() if values is not None}

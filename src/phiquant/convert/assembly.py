@@ -1,0 +1,107 @@
+"""Where the tensors of a GGUF file come from: rows of stored tensors, one after the other.
+
+Most are a stored tensor as it is. Experts are stacked from one tensor each, projections are taken apart or put
+together, and rows may change their order; bytes of a row never do.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from phiquant.convert.safetensors import StoredTensor
+from phiquant.errors import CheckpointError
+
+__all__ = ["Assembly", "Rows", "match"]
+
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some consecutive rows of a stored tensor, its leading extents taken together; a vector has rows of one number."""
+
+    tensor: StoredTensor
+    first: int
+    count: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        rows = 1
+        for extent in self.tensor.shape[:-1] or self.tensor.shape:
+            rows *= extent
+        return self.tensor.nbytes // max(rows, 1)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A tensor of the output: its shape (contiguous extent last) and the rows it consists of, all of one data type."""
+
+    shape: tuple[int, ...]
+    rows: Sequence[Rows]
+    _ends: Sequence[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len({part.tensor.dtype for part in self.rows}) != 1:
+            names = sorted({f"{part.tensor.name} ({part.tensor.dtype})" for part in self.rows})[:3]
+            raise CheckpointError(f"The tensors {', '.join(names)} belong together and are stored in different types.")
+        object.__setattr__(self, "_ends", list(accumulate(part.count * part.row_bytes for part in self.rows)))
+
+    @classmethod
+    def whole(cls, tensor: StoredTensor) -> "Assembly":
+        """A stored tensor as it is."""
+        columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+        elements = 1
+        for extent in tensor.shape:
+            elements *= extent
+        return cls(tensor.shape, (Rows(tensor, 0, elements // max(columns, 1)),))
+
+    @property
+    def stored(self) -> StoredTensor:
+        """One of the tensors, for data type and messages."""
+        return self.rows[0].tensor
+
+    def spans(self, begin: int, size: int) -> Iterable[tuple[StoredTensor, int, int, int]]:
+        """Bytes `begin` to `begin` + `size` of it as (stored tensor, first byte in it, place in the result, bytes)."""
+        index, done = bisect_right(self._ends, begin), 0
+        while done < size:
+            part = self.rows[index]
+            start = self._ends[index] - part.count * part.row_bytes
+            offset = begin + done - start
+            length = min(self._ends[index] - begin - done, size - done)
+            yield part.tensor, part.first * part.row_bytes + offset, done, length
+            done += length
+            index += 1
+
+
+def match(
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, StoredTensor],
+    what: str,
+    *,
+    unused: Iterable[str] = (),
+) -> list[str]:
+    """The names of the stored tensors that a model needs, in the checkpoint's order.
+
+    CheckpointError if a tensor is missing, has no place in the model (`what`), or another shape than expected. `unused`
+    names may be there and are left out.
+    """
+    left_out = set(unused)
+    names: list[str] = []
+    for name, tensor in stored.items():
+        if name.endswith(IGNORED_SUFFIXES) or name in left_out:
+            continue
+        if name not in expected:
+            raise CheckpointError(f"Tensor {name!r} of {tensor.file} has no place in {what}.")
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"Tensor {name} of {tensor.file} has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(expected[name])}."
+            )
+        names.append(name)
+    there = set(names)
+    for name in expected:
+        if name not in there:
+            raise CheckpointError(f"The checkpoint lacks tensor {name}; download its weights again.")
+    return names
