@@ -149,7 +149,7 @@ def kl(truth: np.ndarray, ours: np.ndarray) -> float:
     return float((np.exp(truth) * (truth - ours)).sum(axis=1).mean())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parity() -> ModuleType:
     """This module, for the tests beside it."""
     return sys.modules[__name__]

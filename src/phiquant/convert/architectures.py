@@ -57,7 +57,7 @@ _SIBLINGS: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """Read config.json. ArchitectureError, which says what would be lost of a sibling, for a class that is not known."""
+    """Read config.json. ArchitectureError for a class that is not known; of a sibling it says what would be lost."""
     names = config.get("architectures")
     found = names[0] if isinstance(names, list) and names else None
     if names is None:
