@@ -368,7 +368,7 @@ def test_other_rotary_scalings_are_refused(
 
 def test_an_unknown_architecture_is_named_with_the_known(model: Model, tmp_path: Path) -> None:
     model.architecture = "gpt2"
-    with pytest.raises(ArchitectureError, match="architecture 'gpt2', which is not supported; known: .*phi3"):
+    with pytest.raises(ArchitectureError, match=r"architecture 'gpt2', which is not supported; known: .*phi3"):
         model.load(tmp_path)
 
 

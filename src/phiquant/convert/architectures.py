@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 
-from phiquant.convert import phi2, phi3
+from phiquant.convert import llama, phi2, phi3
 from phiquant.convert.assembly import Assembly
 from phiquant.convert.entries import Entry
 from phiquant.convert.safetensors import StoredTensor
@@ -39,6 +39,8 @@ CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Settings]]] = MappingP
         "Phi3ForCausalLM": phi3.Settings.from_config,
         "PhiForCausalLM": phi2.Settings.from_config,
         "MixFormerSequentialForCausalLM": phi2.Settings.from_config,
+        "LlamaForCausalLM": llama.Settings.from_config,
+        "MistralForCausalLM": llama.Settings.from_mistral,
     }
 )
 """By the name in `architectures` of config.json."""
@@ -46,6 +48,8 @@ CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Settings]]] = MappingP
 _MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "phi3": "Phi3ForCausalLM",
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
         "phi": "PhiForCausalLM",
         "phi-msft": "PhiForCausalLM",
         "mixformer-sequential": "MixFormerSequentialForCausalLM",
