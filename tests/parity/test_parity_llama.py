@@ -21,7 +21,7 @@ BACKENDS = ("reference",)
 def test_divergence_from_transformers(
     parity: Any, llama: Any, tmp_path: Path, backend: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """131 tokens lie beyond the window and beyond LongRoPE's border. F16 may swap two tokens that are equally likely."""
+    """131 tokens lie beyond window and LongRoPE's border. F16 may swap two tokens that are equally likely."""
     ids = llama.ids(131)
     expected = parity.truth(parity.saved(llama, tmp_path / "hf"), ids)
     path = convert(tmp_path / "hf", tmp_path / "model.gguf", "f32", quiet=True).plan.path

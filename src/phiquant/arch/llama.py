@@ -12,9 +12,9 @@ Shapes in NumPy order, with E embedding, H heads, K key/value heads, D head size
                                               blk.N.ffn_up         [F, E]
                                               blk.N.ffn_down       [E, F]
 
-Each of the seven matrices of a block may have a bias. All channels of a head are rotated. Files of this architecture, and
-of it alone among those here, hold the rows of a head's queries and keys so that rows 2i and 2i + 1 are rotated with one
-another; in a checkpoint these are rows i and i + D / 2.
+Each of the seven matrices of a block may have a bias. All channels of a head are rotated. Files of this architecture,
+and of it alone among those here, hold the rows of a head's queries and keys so that rows 2i and 2i + 1 are rotated with
+one another; in a checkpoint these are rows i and i + D / 2.
 """
 
 from collections.abc import Iterator
