@@ -71,11 +71,17 @@ class ByteLevelEncoder(WordEncoder):
             return [self._pieces[word]]
         try:
             return [self._pieces[character] for character in word]
-        except KeyError as error:
-            byte = alphabet.BYTES[str(error.args[0])]
+        except KeyError:
+            return [self._byte(character) for character in word]
+
+    def _byte(self, character: str) -> int:
+        token = self._found(character)
+        if token is None:
             raise TokenizerError(
-                f"the vocabulary has no token for the byte {byte:#04x}; the file is damaged, convert the model again"
-            ) from None
+                f"the vocabulary has no token for the byte {alphabet.BYTES[character]:#04x}; the file is damaged, "
+                "convert the model again"
+            )
+        return token
 
     def find_merge(self, left: int, right: int) -> Merge | None:
         """See `WordEncoder`."""
@@ -85,26 +91,32 @@ class ByteLevelEncoder(WordEncoder):
         return None if rank is None else (rank, self._made(left_text + right_text), 0, 0)
 
     def _made(self, text: str) -> int:
+        token = self._found(text)
+        if token is None:
+            raise TokenizerError(
+                f"a merge makes {text!r}, which is no token of the vocabulary; the file is damaged, "
+                "convert the model again"
+            )
+        return token
+
+    def _found(self, text: str) -> int | None:
         token = self._pieces.get(text)
         if token is None:
             token = self._marked.get(text)
-            if token is None:
-                raise TokenizerError(
-                    f"a merge makes {text!r}, which is no token of the vocabulary; the file is damaged, "
-                    "convert the model again"
-                )
-            self._texts[token] = text
+            if token is not None:
+                self._texts[token] = text
         return token
 
     def make_library(self) -> Library | None:
         """Needs all 256 bytes: without one the library would drop what this encoder refuses."""
-        if any(character not in self._pieces for character in alphabet.BYTES):
+        letters = {character: self._found(character) for character in alphabet.BYTES}
+        if None in letters.values():
             return None
         from tokenizers import Tokenizer
         from tokenizers.models import BPE
 
         merges = []
-        vocabulary = dict(self._pieces)
+        vocabulary = {**self._pieces, **{text: token for text, token in letters.items() if token is not None}}
         for merge in self._vocabulary.merges:
             left, _, right = merge.partition(" ")
             merges.append((left, right))

@@ -45,6 +45,25 @@ _END_OF_TEXT = "<|endoftext|>"
 _RUN_OF_SPACES = (50257, " " * 31)
 
 
+# The same rules as other makers of tokenizer.json spell them: tiktoken's possessive quantifiers change nothing.
+_CL100K_POSSESSIVE = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_BY_PATTERN = {_CL100K_POSSESSIVE: CL100K, **{known.pattern: known for known in (GPT2, CL100K, O200K)}}
+
+
+def by_pattern(pattern: str) -> PreTokenizer | None:
+    """The known way of which this is the regular expression."""
+    return _BY_PATTERN.get(pattern)
+
+
+def id_of(known: PreTokenizer, tokens: Sequence[str]) -> str:
+    """llama.cpp's id of a way to cut text, which for GPT-2's depends on the vocabulary."""
+    if known is GPT2:
+        return "phi-2" if recognize(tokens) == "phi-2" else "gpt-2"
+    return next(key for key, value in BY_ID.items() if value is known)
+
+
 def recognize(tokens: Sequence[str]) -> str | None:
     """The pre-tokenizer id of a known vocabulary, by where its end of text is; None for any other vocabulary.
 
