@@ -174,7 +174,7 @@ def _put_added(pieces: Pieces, token: AddedToken) -> None:
 
 
 def _with_unlisted(added: list[AddedToken], pieces: Pieces, special: Mapping[str, int]) -> list[AddedToken]:
-    """Old byte-level checkpoints list no added tokens: what begins or ends a text is one all the same, if no word is."""
+    """Old byte-level checkpoints list no added tokens: what begins or ends a text is one all the same, if no word."""
     made = {merge.replace(" ", "", 1) for merge in pieces.merges or ()} | alphabet.BYTES.keys()
     unlisted = {special[name] for name in ("bos", "eos") if name in special} - {token.id for token in added}
     for index in [index for index in unlisted if pieces.texts[index] not in made]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from phiquant.errors import TokenizerError
 from phiquant.text import alphabet
 from phiquant.text.pretokenizers import BY_ID
@@ -31,17 +33,27 @@ class ByteLevelEncoder(WordEncoder):
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__()
         self._vocabulary = vocabulary
+        # A loop in Python over 200,000 tokens or merges would be felt before the first word.
         tokens = vocabulary.tokens
-        self._pieces = {tokens[i]: i for i in vocabulary.of_type(TokenType.NORMAL) if tokens[i]}
+        others = np.flatnonzero(vocabulary.types != TokenType.NORMAL).tolist()
+        self._pieces = dict(zip(tokens, range(len(tokens)), strict=True))
+        if len(self._pieces) == len(tokens):
+            for i in others:
+                del self._pieces[tokens[i]]
+        else:  # of tokens with equal text the last one counts
+            self._pieces = {tokens[i]: i for i in vocabulary.of_type(TokenType.NORMAL)}
         self._ranks = dict(zip(vocabulary.merges, range(len(vocabulary.merges)), strict=True))
-        self._texts = {token: text for text, token in self._pieces.items()}
+        self._spelled: dict[int, str] = {}  # texts of tokens that are not spelled in the alphabet
 
     @cached_property
     def _marked(self) -> dict[str, int]:
-        """Tokens of other types, as the alphabet spells them: a merge may make one that was declared special later."""
+        """Tokens of other types, by their texts as they are and as the alphabet spells them.
+
+        A merge may make one: a checkpoint may declare special what is a word of its vocabulary as well.
+        """
         types = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-        tokens = self._vocabulary.tokens
-        return {alphabet.spell(tokens[i].encode()): i for i in self._vocabulary.of_type(*types)}
+        texts = {self._vocabulary.tokens[i]: i for i in self._vocabulary.of_type(*types)}
+        return {alphabet.spell(text.encode()): i for text, i in texts.items()} | texts
 
     @cached_property
     def _splitter(self) -> Splitter:
@@ -85,10 +97,12 @@ class ByteLevelEncoder(WordEncoder):
 
     def find_merge(self, left: int, right: int) -> Merge | None:
         """See `WordEncoder`."""
-        texts = self._texts
-        left_text, right_text = texts[left], texts[right]
+        left_text, right_text = self._text(left), self._text(right)
         rank = self._ranks.get(f"{left_text} {right_text}")
         return None if rank is None else (rank, self._made(left_text + right_text), 0, 0)
+
+    def _text(self, token: int) -> str:
+        return self._spelled.get(token) or self._vocabulary.tokens[token]
 
     def _made(self, text: str) -> int:
         token = self._found(text)
@@ -104,7 +118,7 @@ class ByteLevelEncoder(WordEncoder):
         if token is None:
             token = self._marked.get(text)
             if token is not None:
-                self._texts[token] = text
+                self._spelled[token] = text
         return token
 
     def make_library(self) -> Library | None:

@@ -83,7 +83,7 @@ class Vocabulary:
                 "and 'gpt2' (byte-level BPE, as in Phi-2 and Phi-4)"
             )
         tokens = metadata.get(PREFIX + "tokens")
-        if not isinstance(tokens, list | tuple) or not tokens or not all(type(token) is str for token in tokens):
+        if not isinstance(tokens, list | tuple) or set(map(type, tokens)) != {str}:
             raise TokenizerError("tokenizer.ggml.tokens must be a non-empty array of strings")
         rest = _sentencepiece(metadata, len(tokens)) if model == SENTENCEPIECE else _byte_level(metadata, tokens)
         return cls(model=model, tokens=tokens, **_common(metadata, model, tokens), **rest)
@@ -100,7 +100,8 @@ class Vocabulary:
         """Ids that only fill up the table, ascending: type UNUSED, no text, or `[PADi]` typed UNKNOWN as once usual."""
         found = {i for i in self.of_type(TokenType.UNKNOWN) if self.tokens[i] == f"[PAD{i}]"}
         found.update(self.of_type(TokenType.UNUSED))
-        found.update(i for i, text in enumerate(self.tokens) if not text)
+        if "" in self.tokens:
+            found.update(i for i, text in enumerate(self.tokens) if not text)
         return sorted(found)
 
 
@@ -160,7 +161,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str,
     merges = metadata.get(PREFIX + "merges")
     if merges is None:
         raise TokenizerError("the file lacks tokenizer.ggml.merges, which its vocabulary needs; convert it again")
-    if not isinstance(merges, list | tuple) or not all(type(merge) is str for merge in merges):
+    if not isinstance(merges, list | tuple) or set(map(type, merges)) - {str}:
         raise TokenizerError("tokenizer.ggml.merges must be an array of strings")
     # One space in each, counted all at once: there are 200,000.
     if " ".join(merges).count(" ") != max(2 * len(merges) - 1, 0):
