@@ -56,9 +56,7 @@ def test_phi_4() -> None:
     assert all(token.lstrip and token.rstrip and token.special for token in tokenizer.added_tokens)
     assert tokenizer.encode("a <|im_end|>\n b") == [*tokenizer.encode("a"), 100265, *tokenizer.encode("b")]
     assert tokenizer.eog_ids == {100257, 100265}
-    assert tokenizer.notes == (
-        "the file does not say which added tokens swallow whitespace; as published for Phi-4 is assumed",
-    )
+    assert tokenizer.notes == ("the file lacks the attributes of added tokens; those published for Phi-4 are assumed",)
 
 
 def test_phi_4_mini() -> None:

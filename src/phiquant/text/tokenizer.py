@@ -87,9 +87,7 @@ class Tokenizer:
         notes = list(self.vocabulary.notes)
         known = published.recognize(self.vocabulary.tokens) if self._assumed else None
         if known is not None:
-            notes.append(
-                f"the file does not say which added tokens swallow whitespace; as published for {known.name} is assumed"
-            )
+            notes.append(f"the file lacks the attributes of added tokens; those published for {known.name} are assumed")
         if self.chat_template is not None:
             notes += self.chat_template.notes
         return tuple(notes)
