@@ -1,0 +1,72 @@
+"""Models measured on a text: `imatrix`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from .options import Quiet, Threads
+
+__all__ = ["imatrix"]
+
+
+def imatrix(
+    model: Annotated[
+        Path | None, Option("--model", "-m", metavar="FILE", help="The GGUF file, best F16 or larger.")
+    ] = None,
+    file: Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="The text that the model reads.")] = None,
+    output: Annotated[
+        Path, Option("--output-file", "--output", "-o", metavar="FILE", help="Where the matrix is written.")
+    ] = Path("imatrix.gguf"),
+    output_format: Annotated[
+        str | None, Option("--output-format", metavar="FORMAT", help="gguf, or dat, llama.cpp's older format.")
+    ] = None,
+    in_file: Annotated[
+        list[Path] | None,
+        Option("--in-file", metavar="FILE", help="Add this matrix, GGUF or .dat; may be repeated."),
+    ] = None,
+    chunks: Annotated[int, Option("--chunks", metavar="N", help="Read at most N chunks; -1: all.")] = -1,
+    chunk: Annotated[
+        int, Option("--chunk", "--from-chunk", metavar="N", min=0, help="Leave out the first N chunks.")
+    ] = 0,
+    ctx_size: Annotated[int, Option("--ctx-size", "-c", metavar="N", min=2, help="Tokens of a chunk.")] = 512,
+    output_frequency: Annotated[
+        int,
+        Option("--output-frequency", "-ofreq", metavar="N", min=0, help="Save every N chunks; 0: only at the end."),
+    ] = 10,
+    save_frequency: Annotated[
+        int, Option("--save-frequency", metavar="N", min=0, help="Every N chunks save a copy as FILE.at_N; 0: none.")
+    ] = 0,
+    process_output: Annotated[bool, Option("--process-output", help="Observe output.weight too.")] = False,
+    parse_special: Annotated[
+        bool, Option("--parse-special", help="Special tokens in the text are tokens, not text.")
+    ] = False,
+    ppl: Annotated[bool, Option("--ppl/--no-ppl", help="Measure the perplexity of the text on the way.")] = True,
+    show_statistics: Annotated[
+        bool, Option("--show-statistics", help="Print figures of the matrix given with --in-file, and do no more.")
+    ] = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Collect an importance matrix for quantize --imatrix, combine several, or show what one holds."""
+    from .. import imatrix as body
+
+    options = body.ImatrixOptions(
+        model=model,
+        file=file,
+        output=output,
+        output_format=output_format,
+        in_file=in_file or [],
+        chunks=chunks,
+        chunk=chunk,
+        ctx_size=ctx_size,
+        output_frequency=output_frequency,
+        save_frequency=save_frequency,
+        process_output=process_output,
+        parse_special=parse_special,
+        ppl=ppl,
+        show_statistics=show_statistics,
+        threads=threads,
+        quiet=quiet,
+    )
+    return body.imatrix(options)
