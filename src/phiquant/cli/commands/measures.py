@@ -1,13 +1,13 @@
-"""Models measured on a text: `imatrix`."""
+"""Models measured on a text: `imatrix`, `perplexity`."""
 
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from .options import Quiet, Threads
+from .options import CACHE_TYPES, Quiet, Threads
 
-__all__ = ["imatrix"]
+__all__ = ["imatrix", "perplexity"]
 
 
 def imatrix(
@@ -70,3 +70,83 @@ def imatrix(
         quiet=quiet,
     )
     return body.imatrix(options)
+
+
+def perplexity(
+    model: Annotated[Path | None, Option("--model", "-m", metavar="FILE", help="The GGUF file.")] = None,
+    file: Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="The text that the model reads.")] = None,
+    ctx_size: Annotated[int, Option("--ctx-size", "-c", metavar="N", min=3, help="Tokens of a window.")] = 512,
+    batch_size: Annotated[
+        int,
+        Option("--batch-size", "-b", metavar="N", min=1, help="Most tokens of a step; several windows if they fit."),
+    ] = 2048,
+    chunks: Annotated[int, Option("--chunks", metavar="N", help="Read at most N windows; -1: all.")] = -1,
+    ppl_stride: Annotated[
+        int,
+        Option(
+            "--ppl-stride",
+            metavar="N",
+            min=0,
+            help="Begin a window every N tokens and score its last N; 0: windows side by side, half of each scored.",
+        ),
+    ] = 0,
+    ppl_output_type: Annotated[
+        int,
+        Option(
+            "--ppl-output-type",
+            metavar="0|1",
+            min=0,
+            max=1,
+            help="1: a line for each window: first token, perplexity so far, its logarithm and error.",
+        ),
+    ] = 0,
+    kl_divergence: Annotated[
+        bool, Option("--kl-divergence", help="Compare with a base: --base, or --kl-divergence-base.")
+    ] = False,
+    kl_divergence_base: Annotated[
+        Path | None,
+        Option(
+            "--kl-divergence-base",
+            "--save-all-logits",
+            metavar="FILE",
+            help="Saved logits: written by the base model, read with --kl-divergence; llama-perplexity's file.",
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        Option("--base", metavar="FILE", help="The base as a GGUF file, best F16 or larger; nothing is rounded."),
+    ] = None,
+    cache_type: Annotated[
+        str,
+        Option(
+            "--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."
+        ),
+    ] = "f16",
+    output: Annotated[str, Option("--output", "-o", metavar="FORM", help="text or json.")] = "text",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how well a model predicts a text, as llama-perplexity does, alone or beside a base."""
+    from .. import perplexity as body
+    from ..failures import WrongUsage
+
+    if model is None:
+        raise WrongUsage("no model is named: phiquant perplexity -m MODEL.gguf -f TEXT")
+    return body.perplexity(
+        body.PerplexityOptions(
+            model=model,
+            file=file,
+            ctx_size=ctx_size,
+            batch_size=batch_size,
+            chunks=chunks,
+            ppl_stride=ppl_stride,
+            ppl_output_type=ppl_output_type,
+            kl_divergence=kl_divergence,
+            kl_divergence_base=kl_divergence_base,
+            base=base,
+            cache_type=cache_type,
+            output=output,
+            threads=threads,
+            quiet=quiet,
+        )
+    )
