@@ -74,7 +74,7 @@ class Windows:
 
     def read(self, window: int) -> NDArray[np.int32]:
         """What the model is given."""
-        tokens = self.tokens[window]
+        tokens: NDArray[np.int32] = self.tokens[window]
         if self.bos is not None:
             tokens = tokens.copy()
             tokens[0] = self.bos

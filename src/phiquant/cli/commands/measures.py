@@ -1,13 +1,13 @@
-"""Models measured on a text: `imatrix`, `perplexity`."""
+"""Models measured on a text: `imatrix`, `perplexity`, `certify`."""
 
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
-from .options import CACHE_TYPES, Quiet, Threads
+from .options import CACHE_TYPES, Json, Quiet, Threads
 
-__all__ = ["imatrix", "perplexity"]
+__all__ = ["certify", "imatrix", "perplexity"]
 
 
 def imatrix(
@@ -146,6 +146,64 @@ def perplexity(
             base=base,
             cache_type=cache_type,
             output=output,
+            threads=threads,
+            quiet=quiet,
+        )
+    )
+
+
+def certify(
+    checkpoint: Annotated[Path, Argument(metavar="MODEL_DIR", help="A checkpoint's folder, in Hugging Face layout.")],
+    gguf: Annotated[
+        Path | None, Argument(metavar="[GGUF]", help="A file made from it; by default one is made for the time being.")
+    ] = None,
+    file: Annotated[
+        Path | None, Option("--file", "-f", metavar="FILE", help="The text that is read; by default one of phiquant's.")
+    ] = None,
+    ctx_size: Annotated[
+        int,
+        Option("--ctx-size", "-c", metavar="N", min=0, help="Tokens of the longest sequence; 0: beyond every border."),
+    ] = 0,
+    outtype: Annotated[
+        str, Option("--outtype", metavar="TYPE", help="Type of the file that is made; any type of quantize.")
+    ] = "f32",
+    cache_type: Annotated[
+        str,
+        Option(
+            "--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."
+        ),
+    ] = "f32",
+    python: Annotated[
+        Path | None,
+        Option("--python", metavar="FILE", help="A Python that has torch and transformers; by default phiquant's own."),
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        Option("--output", "-o", metavar="FILE", help="Write a report, .md or .json by its name; may be repeated."),
+    ] = None,
+    fail_above: Annotated[
+        float | None,
+        Option("--fail-above", metavar="KL", min=0, help="Exit with 1 if the mean divergence is larger than this."),
+    ] = None,
+    as_json: Json = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Compare a file's predictions with those of transformers on the checkpoint that it was made from."""
+    from .. import certify as body
+
+    return body.certify_checkpoint(
+        body.CertifyOptions(
+            checkpoint=checkpoint,
+            gguf=gguf,
+            file=file,
+            ctx_size=ctx_size,
+            outtype=outtype,
+            cache_type=cache_type,
+            python=python,
+            report=report or (),
+            as_json=as_json,
+            fail_above=fail_above,
             threads=threads,
             quiet=quiet,
         )
