@@ -51,6 +51,11 @@ class Engine:
         """Threads that compute."""
         return self._executable.threads
 
+    @property
+    def parallel(self) -> int:
+        """Most sequences of a step."""
+        return self._executable.capacity.sequences
+
     def check(self, sequence: Sequence) -> None:
         """Refuse, before any work, a sequence that cannot be computed: TokenError, ContextError."""
         vocabulary = self._executable.program.vocab_size
@@ -67,7 +72,7 @@ class Engine:
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence; TokenError or ContextError as `check`."""
         self.check(sequence)
-        if sequence.wants_all_logits:
+        if sequence.wants_all_logits and sequence.sink is None:
             sequence.logits = np.empty((len(sequence.ids), self._executable.program.vocab_size), np.float32)
         with self._lock:
             self._scheduler.add(sequence)
@@ -78,6 +83,14 @@ class Engine:
             with self._lock:
                 if sequence.finish is None and sequence.error is None and len(sequence.ids) <= seen:
                     self._step()
+        if sequence.error is not None:
+            raise sequence.error
+
+    def step(self, sequence: Sequence) -> None:
+        """One step, unless the sequence has ended. Raises what went wrong with it."""
+        with self._lock:
+            if sequence.finish is None and sequence.error is None:
+                self._step()
         if sequence.error is not None:
             raise sequence.error
 
@@ -144,8 +157,11 @@ class Engine:
         """Keep the logits, or sample the next token of the sequence, and more as long as they were guessed."""
         sequence, sampling = chunk.sequence, chunk.sequence.sampling
         if sampling is None:
-            if sequence.logits is not None:
-                sequence.logits[chunk.start : chunk.stop] = logits
+            if sequence.sink is not None:
+                if len(logits):
+                    sequence.sink(chunk.outputs.start, logits)
+            elif sequence.logits is not None:
+                sequence.logits[chunk.outputs.start : chunk.stop] = logits
             if chunk.stop == len(sequence.ids):
                 sequence.finish = "stop"
             return

@@ -1,6 +1,6 @@
 """One text being computed: its tokens, how far the cache has got, and how it ends."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,9 @@ class Sequence:
         sampling: None for a sequence whose logits are wanted and that is not continued.
         end_ids: tokens that end it.
         mask: constrains what comes.
-        logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling`.
+        logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling` and without `sink`.
+        sink: is given logits as they are computed instead: position of the first row, and rows that are valid during
+            the call. Positions before `first` are left out.
         computed: tokens whose keys and values are in the cache.
         shared: tokens that were taken from earlier sequences when it began.
         table: its pages; None while it waits.
@@ -46,6 +48,8 @@ class Sequence:
         end_ids: frozenset[int] = frozenset(),
         mask: TokenMask | None = None,
         drafters: Iterable[Drafter] = (),
+        sink: Callable[[int, NDArray[np.float32]], None] | None = None,
+        first: int = 0,
     ) -> None:
         self.ids = [int(i) for i in prompt]
         self.prompt_length = len(self.ids)
@@ -55,6 +59,7 @@ class Sequence:
             raise RequestError(f"max_tokens is {max_tokens} and must be at least 1")
         self.max_tokens, self.sampling, self.end_ids, self.mask = max_tokens, sampling, end_ids, mask
         self.logits: NDArray[np.float32] | None = None
+        self.sink, self.first = sink, first
         self.computed = self.shared = 0
         self.table: PageTable | None = None
         self.finish: Finish | None = None
@@ -76,5 +81,5 @@ class Sequence:
 
     @property
     def wants_all_logits(self) -> bool:
-        """Whether the logits of every token are wanted, not those of the last."""
+        """Whether the logits of every token (from `first` on) are wanted, not those of the last."""
         return self.sampling is None
