@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageTable
 from phiquant.engine.draft import Drafter, Odds
-from phiquant.engine.sampler import Sampling, TokenMask
+from phiquant.engine.logprobs import TokenLogprob
+from phiquant.engine.sampler import Sampler, TokenMask
+from phiquant.engine.sampling import Sampling
 from phiquant.errors import PhiquantError, RequestError
 
 __all__ = ["Finish", "Sequence"]
@@ -24,8 +26,11 @@ class Sequence:
         prompt_length: how many of them are the prompt.
         max_tokens: generate at most this many; None for as many as the context holds.
         sampling: None for a sequence whose logits are wanted and that is not continued.
+        sampler: chooses by it; None without it.
         end_ids: tokens that end it.
         mask: constrains what comes.
+        logprobs: how many alternatives to note with the log-probability of each generated token; None to note nothing.
+        found: what was noted.
         logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling`.
         computed: tokens whose keys and values are in the cache.
         shared: tokens that were taken from earlier sequences when it began.
@@ -46,6 +51,7 @@ class Sequence:
         end_ids: frozenset[int] = frozenset(),
         mask: TokenMask | None = None,
         drafters: Iterable[Drafter] = (),
+        logprobs: int | None = None,
     ) -> None:
         self.ids = [int(i) for i in prompt]
         self.prompt_length = len(self.ids)
@@ -54,6 +60,10 @@ class Sequence:
         if max_tokens is not None and max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens} and must be at least 1")
         self.max_tokens, self.sampling, self.end_ids, self.mask = max_tokens, sampling, end_ids, mask
+        if logprobs is not None and logprobs < 0:
+            raise RequestError(f"logprobs is {logprobs} and must be 0 or more")
+        self.logprobs, self.found = logprobs, list[TokenLogprob]()
+        self.sampler = None if sampling is None else Sampler(sampling)
         self.logits: NDArray[np.float32] | None = None
         self.computed = self.shared = 0
         self.table: PageTable | None = None
