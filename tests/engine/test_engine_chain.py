@@ -152,7 +152,7 @@ def test_mirostat_keeps_the_surprise_near_its_aim(version: int) -> None:
         for _ in range(600):
             ids.append(sampler.choose(logits, ids))
         assert abs(sampler._mu - 2 * aim) / (0.2 * 600) < 0.05
-        assert len(set(ids)) > 10
+        assert len(set(ids)) > 5
 
 
 def test_mirostat_2_step_by_step() -> None:
