@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageCache
 from phiquant.engine.draft import LONGEST, Pace
+from phiquant.engine.logprobs import token_logprob
 from phiquant.engine.runner import Runner
-from phiquant.engine.sampler import Sampling, sample
+from phiquant.engine.sampler import Sampler
 from phiquant.engine.scheduler import Chunk, Scheduler
 from phiquant.engine.sequence import Sequence
 from phiquant.errors import ContextError, PhiquantError, RequestError, TokenError
@@ -155,8 +156,8 @@ class Engine:
 
     def _take(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
         """Keep the logits, or sample the next token of the sequence, and more as long as they were guessed."""
-        sequence, sampling = chunk.sequence, chunk.sequence.sampling
-        if sampling is None:
+        sequence, sampler = chunk.sequence, chunk.sequence.sampler
+        if sampler is None:
             if sequence.sink is not None:
                 if len(logits):
                     sequence.sink(chunk.outputs.start, logits)
@@ -167,7 +168,7 @@ class Engine:
             return
         right = 0
         for row in logits:
-            token = self._next(sequence, sampling, row)
+            token = self._next(sequence, sampler, row)
             if sequence.finish is not None or right == len(chunk.draft) or token != chunk.draft[right]:
                 break
             right += 1
@@ -176,10 +177,15 @@ class Engine:
             sequence.drafted += len(chunk.draft)
             sequence.accepted += right
 
-    def _next(self, sequence: Sequence, sampling: Sampling, logits: NDArray[np.float32]) -> int:
+    def _next(self, sequence: Sequence, sampler: Sampler, logits: NDArray[np.float32]) -> int:
         """Append the next token, and see whether it is the last."""
         allowed = None if sequence.mask is None else sequence.mask.allowed()
-        token = sample(logits, sequence.ids, sampling, unused=self._unused, allowed=allowed)
+        banned = None
+        if len(sequence.generated) < sampler.sampling.min_tokens:
+            banned = np.array(sorted(sequence.end_ids), np.int64)
+        token = sampler.choose(logits, sequence.ids, unused=self._unused, allowed=allowed, banned=banned)
+        if sequence.logprobs is not None:
+            sequence.found.append(token_logprob(logits, token, sequence.logprobs))
         if sequence.mask is not None:
             sequence.mask.accept(token)
         sequence.ids.append(token)
