@@ -45,6 +45,7 @@ HEAVY = {  # libraries that one room owns
     "llvmlite": {"kernels", "cli"},
     "tokenizers": {"text"},
     "jinja2": {"text"},
+    "llguidance": {"text"},
     "huggingface_hub": {"convert"},
     "typer": {"cli"},
     "rich": {"cli"},

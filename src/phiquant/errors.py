@@ -13,7 +13,8 @@
     │   └── TypeNameError      an unknown tensor or file type
     ├── RequestError           an argument, an option or a prompt that cannot be served
     │   ├── TokenError         a token id outside the vocabulary
-    │   └── ContextError       more tokens than the context holds
+    │   ├── ContextError       more tokens than the context holds
+    │   └── GrammarError       a grammar that is malformed, cannot be expressed, or costs too much
     ├── WeightsError           NaN or infinity in weights, shapes that do not fit, requantization not allowed
     ├── OutputError            an output cannot be written: path, permission, disk full
     └── KernelError            a kernel was not compiled, was refused at binding, or reported a failure
@@ -27,6 +28,7 @@ __all__ = [
     "ContextError",
     "FormatError",
     "GGUFError",
+    "GrammarError",
     "ImportanceError",
     "KernelError",
     "LogitsError",
@@ -88,6 +90,10 @@ class TypeNameError(UnsupportedError):
 
 class RequestError(PhiquantError):
     """An argument, an option or a prompt cannot be served."""
+
+
+class GrammarError(RequestError):
+    """A grammar is malformed, cannot be expressed, or costs too much."""
 
 
 class TokenError(RequestError):

@@ -144,6 +144,12 @@ class Tokenizer:
         """Ids of `text` in which, of all marks, exactly `matches` (start, end, token; ascending) are tokens; no bos."""
         return self._encode(text, matches, self._text_matchers[1])
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of `text` right after other text, without added tokens: nothing is put in front of it."""
+        _refuse_surrogates(text)
+        prefix = len(self._encoder.normalize(""))
+        return self._encoder.encode(self._encoder.normalize(text)[prefix:])
+
     def special_spans(self, text: str) -> list[tuple[int, int, AddedToken]]:
         """Where added tokens lie in the raw text: start, end and token, before whitespace is stripped."""
         raw, normalized = self._matchers
