@@ -4,7 +4,7 @@
 
 The sizes are those of Phi-3.5-MoE's ffn_up_exps: 16 matrices of 6400 x 4096, two of them for a token, chosen at random.
 What is beside a figure was measured in the same run, in turns: the bandwidth of reading memory, and the dense matrix
-multiplication of the same work (as many bytes of weights for a few tokens; as many products for many).
+multiplication of the same work (for few tokens one column and matrices of two experts' size; for many as many products).
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Bench:
         self.threads = threads
 
     def seconds(self, operations: list[NativeOp]) -> float:
-        program = native_program(operations)
+        """Of one thread, its processor time, which other work does not lengthen."""
+        program, clock = native_program(operations), time.thread_time if self.threads == 1 else time.perf_counter
         with self.team.step():
-            begin = time.perf_counter()
+            begin = clock()
             self.team.run(program)
-            return time.perf_counter() - begin
+            return clock() - begin
 
     def routes(self, tokens: int) -> tuple[route.Routes, StepHeader, NativeOp]:
         """Random ones, chosen by the operation itself."""
@@ -101,9 +102,9 @@ def main() -> None:
             if tokens <= FEW:
                 steps = [bench.experts(packed, tokens) for _ in range(STEPS)]
                 operations, used = [op for made, _ in steps for op in made], sum(n for _, n in steps)
-                # Dense matrices of USED experts' size each, from memory too: they take turns.
+                # From memory too: they take turns.
                 whole = [matmul.prepare(_several(w, USED), threads=arguments.threads) for _ in range(EXPERTS // USED)]
-                beside = [op for i in range(STEPS) for op in bench.dense(whole[i % len(whole)], tokens)]
+                beside = [op for i in range(STEPS) for op in bench.dense(whole[i % len(whole)], 1)]
                 dense_bytes = STEPS * USED * size
                 figures = []
                 bench.seconds(operations)
