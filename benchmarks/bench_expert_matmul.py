@@ -4,7 +4,7 @@
 
 The sizes are those of Phi-3.5-MoE's ffn_up_exps: 16 matrices of 6400 x 4096, two of them for a token, chosen at random.
 What is beside a figure was measured in the same run, in turns: the bandwidth of reading memory, and the dense matrix
-multiplication of the same work (for few tokens one column and matrices of two experts' size; for many as many products).
+multiplication of the same work (few tokens: one column, matrices as large as two experts; many: as many products).
 """
 
 from __future__ import annotations

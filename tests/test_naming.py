@@ -17,6 +17,8 @@ NAMES = {
     "ExpertMatMul": "expert_matmul",
     "SwiGLU": "swiglu",
     "Select": "select_rows",
+    "GELU": "gelu",
+    "GeGELU": "gegelu",
 }
 # Where the time of a step goes; the others move less than a thousandth of the bytes.
 MEASURED = {"attention", "expert_matmul", "matmul"}

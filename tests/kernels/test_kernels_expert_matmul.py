@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from phiquant import quants
 from phiquant.errors import KernelError, UnsupportedError
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.cpu import expert_matmul, library, matmul, matmul_tiles, swiglu
+from phiquant.kernels.cpu import expert_matmul, library, matmul, matmul_tiles, pointwise, swiglu
 from phiquant.kernels.cpu.operation import Region, StepHeader, aligned
 from phiquant.kernels.cpu.route import Routes
 from phiquant.kernels.cpu.target import Target
@@ -66,7 +66,7 @@ def product(
     per_route: bool = False,
     threads: int = 2,
     around: int = 0,
-    gated: bool = False,
+    before: pointwise.Pointwise | None = None,
 ) -> NDArray[np.float32]:
     """out [routes, rows], as columns of wider rows if there is something `around`; all else must stay untouched."""
     count = header.address("routes")
@@ -80,7 +80,7 @@ def product(
     region = Region(x, count if per_route else header.address("tokens"))
     out = Region(wide[:room], count).columns(around, packed.rows)
     bound = expert_matmul.bind(
-        packed, routes, region, out, scratch=scratch[:needed], threads=threads, buffers=buffers[:-64], gated=gated
+        packed, routes, region, out, scratch=scratch[:needed], threads=threads, buffers=buffers[:-64], before=before
     )
     machine.run(*bound, threads=threads)
     assert (scratch[needed:] == 0xA5).all()
@@ -309,9 +309,9 @@ def test_gating_on_the_way_changes_no_bit(kind: GGMLType, each_target: Target, m
         x = (rng.standard_normal((2 * tokens, 2 * columns)) * 4).astype(np.float32)
         between = np.zeros((2 * tokens, columns), np.float32)
         count = header.address("routes")
-        machine.run(swiglu.bind(Region(x, count), Region(between, count), each_target))
+        machine.run(pointwise.bind(swiglu.SWIGLU, Region(x, count), Region(between, count), each_target))
         apart = product(machine, packed, routes, header, between, per_route=True)
-        assert same_bits(product(machine, packed, routes, header, x, per_route=True, gated=True), apart)
+        assert same_bits(product(machine, packed, routes, header, x, per_route=True, before=swiglu.SWIGLU), apart)
 
 
 def test_rows_that_are_rounded_already_are_used_again(machine: Any) -> None:

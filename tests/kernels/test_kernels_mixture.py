@@ -131,9 +131,9 @@ def test_activations_are_rounded_once_for_gate_and_up_and_gated_on_the_way() -> 
     experts = [op for op in program.operations if isinstance(op, ops.ExpertMatMul)]
     gate_or_up = ["gate", "up", "down"] * 2
     assert [name in op.weight.name for name, op in zip(gate_or_up, experts, strict=True)] == [True] * 6
-    assert backend_module._rounded(program) == {id(experts[1]), id(experts[4])}
-    assert set(backend_module._gates(program)) == {id(experts[2]), id(experts[5])}
     executable = prepare(program)
+    assert executable._keep.rounded == {id(experts[1]), id(experts[4])}
+    assert set(executable._keep.before) == {id(experts[2]), id(experts[5])}
     # Of a layer: norm, router (2), route, gate (2), up (1), down (2: gating and rounding at once), combine.
     assert len(executable._native) == 2 * 10 + 1 + 2
     executable.close()
@@ -161,7 +161,9 @@ def test_other_types_other_rows_and_other_routes_are_rounded_anew() -> None:
     r.select(x, logits)
     program = r.finish(logits)
     experts = [op for op in program.operations if isinstance(op, ops.ExpertMatMul)]
-    assert backend_module._rounded(program) == {id(experts[1])}
+    executable = prepare(program)
+    assert executable._keep.rounded == {id(experts[1])}
+    executable.close()
 
 
 def test_observations_change_no_bit_and_are_those_of_the_reference() -> None:
