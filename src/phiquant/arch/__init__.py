@@ -6,14 +6,16 @@ from typing import Final
 
 from phiquant.arch.config import Config, Rotary
 from phiquant.arch.phi3 import Phi3Config
+from phiquant.arch.phimoe import PhiMoEConfig
 from phiquant.errors import ArchitectureError, GGUFError, UnsupportedError
 from phiquant.gguf import GGUFFile, keys
 
-__all__ = ["ARCHITECTURES", "Config", "Phi3Config", "Rotary", "load"]
+__all__ = ["ARCHITECTURES", "Config", "Phi3Config", "PhiMoEConfig", "Rotary", "load"]
 
 ARCHITECTURES: Final[Mapping[str, Callable[[GGUFFile], Config]]] = MappingProxyType(
     {
         "phi3": Phi3Config.from_gguf,
+        "phimoe": PhiMoEConfig.from_gguf,
     }
 )
 """The known values of `general.architecture`, each with the function that reads its hyperparameters."""
