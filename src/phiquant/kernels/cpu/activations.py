@@ -11,6 +11,8 @@ kernel, so that a tile of several columns is addressed from one register and str
 
 Where the activations are the product of a SwiGLU that nothing else reads, they are gated on the way ("gated"): a row is
 then the gates and what they are multiplied with, and what they yield is never written as float32.
+
+For a mixture of experts the rows are taken in the order of the experts that they go to ("gathered").
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .emit import F32, I8, I16, I32, Emitter, Value, vec
+from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
 from .operation import Arguments, tickets
 from .simd import concatenate, dot_quads, nearest_int, reduce
 from .swiglu import apply_gate
 
-__all__ = ["ARGUMENTS", "CHUNK", "PADDING", "Activations", "body", "chunk_stride"]
+__all__ = ["ARGUMENTS", "CHUNK", "GATHERED", "PADDING", "Activations", "body", "chunk_stride"]
 
 CHUNK = 256  # values of a row that are handled together
 PADDING = 12  # rows are padded to a multiple of this, which every tile divides, so that tiles may read beyond the last
@@ -32,6 +34,7 @@ _UNITS = 16  # chunks to a ticket
 _TINY = 1e-36  # below this 127 / amax overflows; such a group is rounded to zeros
 
 ARGUMENTS = Arguments("count", "x", "out", "columns")
+GATHERED = Arguments(*ARGUMENTS.names, "order", "divisor")
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,15 @@ Source = Callable[["Value | int", int], Value]
 """Reads float32 lanes at an offset in bytes."""
 
 
-def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
-    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in (gated: 2 columns)."""
+def body(form: Activations, *, gated: bool = False, gathered: bool = False) -> Callable[..., None]:
+    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in (gated: 2 columns).
+
+    Gathered: row i is that of number order[i] / divisor, rounded down, of x; the order is int32.
+    """
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        count_at, x, out, columns = ARGUMENTS.read_all(e, block)
+        count_at, x, out, columns = GATHERED.read_all(e, block, ARGUMENTS.names)
+        order, divisor = GATHERED.read_all(e, block, ("order", "divisor")) if gathered else (None, None)
         count = e.load(count_at, x.type, align=8)
         chunks = (columns + (CHUNK - 1)).udiv(CHUNK)
         between = chunk_stride(count, form)
@@ -99,7 +106,10 @@ def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
             with e.loop(first, e.min(first + _UNITS, units)) as unit:
                 row = unit.udiv(chunks)
                 chunk = unit - row * chunks
-                source = _source(e, x + ((row * columns << int(gated)) + chunk * CHUNK) * 4, columns, gated)
+                place = row
+                if order is not None and divisor is not None:
+                    place = e.load(order + 4 * row, I32).sext(I64).udiv(divisor)
+                source = _source(e, x + ((place * columns << int(gated)) + chunk * CHUNK) * 4, columns, gated)
                 target = out + chunk * between + row * form.stride
                 left = e.min(columns - chunk * CHUNK, CHUNK)
                 if not form.group:
