@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python tests/parity/make_vectors_phimoe.py        needs torch and transformers
 
-Beyond LongRoPE's border it is what numpy_phimoe.py says. Each file holds the tokens, the likeliest next token after each,
-the log-probabilities of 24 fixed tokens, and the experts that every layer chooses for each token.
+Beyond LongRoPE's border it is what numpy_phimoe.py says. Each file holds the tokens, the likeliest next token after
+each, the log-probabilities of 24 fixed tokens, and the experts that every layer chooses for each token.
 """
 
 import sys

@@ -8,12 +8,12 @@ With n tokens, x[t] the embedding of token t, LN(x) = (x - mean x) / sqrt(var x 
     x += sum over the two chosen experts e of  m[e] W2[e] (silu(W1[e] LN(x)) * W3[e] LN(x))
     logits = head LN(x)
 
-The angle of position p and pair i of channels (i, i + d/2) is p / (factor[i] theta^(2i/d)), and mscale multiplies cosine
-and sine; factor and mscale are the long ones for the whole sequence if n exceeds the original context, else the short.
+The angle of position p and pair i of channels (i, i + d/2) is p / (factor[i] theta^(2i/d)), and mscale multiplies
+cosine and sine; both are the long ones for the whole sequence if n exceeds the original context, else the short.
 
-The first expert is the one with the largest score s, the second the largest of the others. The weight of a chosen e
-among the candidates C is exp(s[e]) / sum of exp(s[c]) over the c in C with (s[e] - s[c]) / max(|s[c]|, s[e]) <= 2 jitter;
-C are all experts for the first, all but the first for the second.
+The first expert is the one with the largest score s, the second that with the largest of the others. The weight of a
+chosen e among the candidates C is exp(s[e]) / sum of exp(s[c]) over the c in C whose distance from it,
+(s[e] - s[c]) / max(|s[c]|, s[e]), is at most 2 jitter; C are all experts for the first, all but the first for the second.
 """
 
 from collections.abc import Mapping, Sequence
