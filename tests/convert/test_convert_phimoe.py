@@ -1,4 +1,4 @@
-"""PhiMoE's config.json in both styles, keys, tensor names, and its experts stacked from both layouts of a checkpoint."""
+"""PhiMoE's config.json in both styles, its keys and names, and experts stacked from both layouts of a checkpoint."""
 
 import json
 import math

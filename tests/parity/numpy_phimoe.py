@@ -13,7 +13,7 @@ cosine and sine; both are the long ones for the whole sequence if n exceeds the 
 
 The first expert is the one with the largest score s, the second that with the largest of the others. The weight of a
 chosen e among the candidates C is exp(s[e]) / sum of exp(s[c]) over the c in C whose distance from it,
-(s[e] - s[c]) / max(|s[c]|, s[e]), is at most 2 jitter; C are all experts for the first, all but the first for the second.
+(s[e] - s[c]) / max(|s[c]|, s[e]), is at most 2 jitter; C are all experts for the first, all but it for the second.
 """
 
 from collections.abc import Mapping, Sequence
