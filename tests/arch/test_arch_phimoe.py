@@ -1,4 +1,4 @@
-"""PhiMoE's hyperparameters, from files of the `gguf` package: llama.cpp's kind and ours; what makes no model is refused."""
+"""PhiMoE's hyperparameters, from files of the `gguf` package: llama.cpp's and ours; what makes no model is refused."""
 
 import math
 from pathlib import Path

@@ -102,8 +102,6 @@ class Model:
 
         made = {"model.embed_tokens.weight": matrix(self.vocabulary, self.hidden, np.sqrt(self.hidden))}
         made |= linear("lm_head", self.vocabulary, self.hidden, 1.5) | norm("model.norm")
-        # A mean other than 0, which only norms that subtract it take away.
-        made["model.embed_tokens.weight"] += np.float32(0.5)
         for layer in range(LAYERS):
             prefix = f"model.layers.{layer}."
             for name, rows, columns, gain in (
