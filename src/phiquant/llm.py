@@ -125,7 +125,7 @@ class LLM:
         tokenizer: text to ids and back.
         context: most tokens of prompt and completion together.
         backend: name of the kind of processor in use.
-        notes: what was asked for and is not done, one sentence each.
+        notes: what was asked for and is not done, and what the file does not say and was assumed, one sentence each.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class LLM:
         """For `load`."""
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.context = engine.context
-        self.notes: list[str] = []
+        self.notes: list[str] = [*config.assumptions]
         self._gguf, self._engine = gguf, engine
         self._speculate, self._smaller = speculate, smaller
         self._closed = False

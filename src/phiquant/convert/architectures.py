@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 
-from phiquant.convert import llama, phi2, phi3
+from phiquant.convert import llama, phi2, phi3, phimoe
 from phiquant.convert.assembly import Assembly
 from phiquant.convert.entries import Entry
 from phiquant.convert.safetensors import StoredTensor
@@ -41,6 +41,8 @@ CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Settings]]] = MappingP
         "MixFormerSequentialForCausalLM": phi2.Settings.from_config,
         "LlamaForCausalLM": llama.Settings.from_config,
         "MistralForCausalLM": llama.Settings.from_mistral,
+        "PhiMoEForCausalLM": phimoe.Settings.from_config,
+        "PhimoeForCausalLM": phimoe.Settings.from_config,
     }
 )
 """By the name in `architectures` of config.json."""
@@ -48,6 +50,7 @@ CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Settings]]] = MappingP
 _MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "phi3": "Phi3ForCausalLM",
+        "phimoe": "PhiMoEForCausalLM",
         "llama": "LlamaForCausalLM",
         "mistral": "MistralForCausalLM",
         "phi": "PhiForCausalLM",

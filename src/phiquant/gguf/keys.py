@@ -105,6 +105,16 @@ END_IDS: Final = "phiquant.tokenizer.eos_token_ids"
 # True where the checkpoint's byte-level vocabulary gives a word that is a token that token, whatever the merges say.
 IGNORE_MERGES: Final = "phiquant.tokenizer.ignore_merges"
 
+# How PhiMoE computes, where llama.cpp computes otherwise and its files say nothing; it passes over these keys.
+# Strings: "layer" for norms that subtract the mean, "sparsemixer" for the routing of `kernels.ops.Route`.
+NORM: Final = "phiquant.norm"
+ROUTER: Final = "phiquant.router"
+# A float32: experts whose score is within twice this much of the best one's, relatively, share its weight.
+ROUTER_JITTER: Final = "phiquant.router.jitter"
+# Float32: what multiplies cosine and sine under LongRoPE's short and its long factors (short_mscale, long_mscale).
+ROPE_ATTENTION_FACTOR_SHORT: Final = "phiquant.rope.attention_factor_short"
+ROPE_ATTENTION_FACTOR_LONG: Final = "phiquant.rope.attention_factor_long"
+
 # A string and an array of uint64, one for each tensor: `gguf.checksum` says of what.
 CHECKSUM: Final = "phiquant.checksum"
 TENSOR_CHECKSUMS: Final = "phiquant.checksum.tensors"

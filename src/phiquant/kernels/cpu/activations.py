@@ -11,6 +11,8 @@ kernel, so that a tile of several columns is addressed from one register and str
 
 Where the activations are what a pointwise operation yields (SwiGLU, GELU) and nothing else reads, it is done on the
 way: a row is then what that operation reads, and what it yields is never written as float32.
+
+For a mixture of experts the rows are taken in the order of the experts that they go to.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .emit import F32, I8, I16, I32, Emitter, Value, vec
+from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
 from .library import function
 from .operation import Arguments, NativeOp, Region, tickets
 from .pointwise import Pointwise, float_bits
+from .route import Routes
 from .simd import concatenate, dot_quads, nearest_int, reduce
 from .target import Target
 
@@ -36,7 +39,7 @@ PADDING = 12  # rows are padded to a multiple of this, which every tile divides,
 _UNITS = 16  # chunks to a ticket
 _TINY = 1e-36  # below this 127 / amax overflows; such a group is rounded to zeros
 
-ARGUMENTS = Arguments("count", "x", "out", "columns", "limit")
+ARGUMENTS = Arguments("count", "x", "out", "columns", "limit", "order", "divisor")
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,36 @@ def bind(
     columns: int,
     before: Pointwise | None,
     target: Target,
+    routes: Routes | None = None,
 ) -> NativeOp:
-    """Fill `scratch` with x, float32 [rows, columns], or with what `before` makes of x, [rows, its parts * columns]."""
-    name = f"activations.{form.name}" + (f".{before.name}" if before else "")
-    limit = float_bits(before.limit) if before else 0
-    block = ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=columns, limit=limit)
-    return NativeOp(function(name, 4, body(form, before), target), block, (x.array, scratch))
+    """Fill `scratch` with x, float32 [rows, columns], or with what `before` makes of x, [rows, its parts * columns].
+
+    With `routes` it is filled with a row for each of them, in their order: x has a row for each token, or with the
+    count of the routes for each of those.
+    """
+    name = f"activations.{form.name}" + (f".{before.name}" if before else "") + (".routed" if routes else "")
+    block = ARGUMENTS.pack(
+        count=routes.count if routes else x.count,
+        x=x.address,
+        out=scratch.ctypes.data,
+        columns=columns,
+        limit=float_bits(before.limit) if before else 0,
+        order=routes.order.ctypes.data if routes else 0,
+        divisor=routes.used if routes and x.count != routes.count else 1,
+    )
+    kernel = function(name, 4, body(form, before, routed=routes is not None), target)
+    return NativeOp(kernel, block, (x.array, scratch, routes))
 
 
-def body(form: Activations, before: Pointwise | None = None) -> Callable[..., None]:
-    """The kernel that fills a scratch area with all rows of a step."""
+def body(form: Activations, before: Pointwise | None = None, *, routed: bool = False) -> Callable[..., None]:
+    """The kernel that fills a scratch area with all rows of a step.
+
+    Row i is that of x, or if `routed` the one of number order[i] / divisor, rounded down; the order is int32.
+    """
     parts = before.parts if before else 1
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        count_at, x, out, columns, limit = ARGUMENTS.read_all(e, block)
+        count_at, x, out, columns, limit, order, divisor = ARGUMENTS.read_all(e, block)
         count = e.load(count_at, x.type, align=8)
         chunks = (columns + (CHUNK - 1)).udiv(CHUNK)
         between = chunk_stride(count, form)
@@ -120,7 +139,8 @@ def body(form: Activations, before: Pointwise | None = None) -> Callable[..., No
             with e.loop(first, e.min(first + _UNITS, units)) as unit:
                 row = unit.udiv(chunks)
                 chunk = unit - row * chunks
-                source = _source(e, x + (row * columns * parts + chunk * CHUNK) * 4, columns, before, limit)
+                place = e.load(order + 4 * row, I32).sext(I64).udiv(divisor) if routed else row
+                source = _source(e, x + (place * columns * parts + chunk * CHUNK) * 4, columns, before, limit)
                 target = out + chunk * between + row * form.stride
                 left = e.min(columns - chunk * CHUNK, CHUNK)
                 if not form.group:

@@ -13,7 +13,20 @@ from numpy.typing import NDArray
 
 from ...errors import KernelError
 from .. import ops
-from . import attention, layer_norm, library, matmul, pointwise, rms_norm, rotate_store, select_rows, sum_squares
+from . import (
+    attention,
+    combine,
+    expert_matmul,
+    layer_norm,
+    library,
+    matmul,
+    pointwise,
+    rms_norm,
+    rotate_store,
+    route,
+    select_rows,
+    sum_squares,
+)
 from .cache import KVCache, StepTables
 from .embed import Embedding
 from .gegelu import gegelu
@@ -83,11 +96,15 @@ class _Report:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Of one native operation: bytes read whatever the step, multiplications per row, and which rows."""
+    """Of one native operation: bytes of its weights, multiplications per token or output, and which of them.
+
+    `spared` is the share of the weights that a token does not use: several use all but a power of it.
+    """
 
     nbytes: int
     products: int
     outputs: bool
+    spared: float = 0.0
 
 
 class _Binder:
@@ -99,16 +116,30 @@ class _Binder:
         self.header = StepHeader()
         self.tables = StepTables.of(program.attention, capacity)
         self.cache = KVCache(program.attention, program.layers, capacity)
-        rows = {"tokens": capacity.tokens, "outputs": capacity.outputs}
+        rows = {
+            "tokens": capacity.tokens,
+            "outputs": capacity.outputs,
+            "routes": capacity.tokens * program.routes,
+        }
         self.regions = {
             id(b): Region(self._rows(rows[b.rows], b.width), self.header.address(b.rows)) for b in program.buffers
         }
+        self.routes = {
+            id(op): route.Routes.of(op.logits.width, op.used, capacity.tokens, self.header.address("routes"))
+            for op in program.operations
+            if isinstance(op, ops.Route)
+        }
         self.shared = attention.scratch(self.cache, self.threads)
-        products = [op for op in program.operations if isinstance(op, ops.MatMul)]
+        products = [op for op in program.operations if isinstance(op, ops.MatMul | ops.ExpertMatMul)]
         weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
         report.total = sum(w.data.nbytes for w in weights.values())
         self.packed = {key: self._pack(w) for key, w in weights.items()}
-        needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
+        needs = [
+            matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows])
+            if isinstance(op, ops.MatMul)
+            else expert_matmul.scratch_bytes(self.packed[id(op.weight)], rows["routes"])
+            for op in products
+        ]
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
         self.buffers = aligned(max(rooms, default=0))
@@ -118,7 +149,8 @@ class _Binder:
         self.bound = [self._bind(op) for op in program.operations]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
-        packed = matmul.prepare(weight, threads=self.threads, pack_now=self.capacity.pack)
+        prepare = matmul.prepare if len(weight.shape) == 2 else expert_matmul.prepare
+        packed = prepare(weight, threads=self.threads, pack_now=self.capacity.pack)
         if not np.may_share_memory(packed.data, weight.data):
             release(weight.data)  # or the model would be in memory twice
         self.report.arranged(weight.data.nbytes)
@@ -155,6 +187,23 @@ class _Binder:
                     before=_pointwise(before) if before else None,
                     rounded=id(op) in self.rounded,
                 )
+            case ops.Route():
+                return [route.bind(at["logits"], self.routes[id(op)], op.jitter)]
+            case ops.ExpertMatMul():
+                before = self.before.get(id(op))
+                return expert_matmul.bind(
+                    self.packed[id(op.weight)],
+                    self.routes[id(op.route)],
+                    self._region(before.x) if before else at["x"],
+                    at["out"],
+                    scratch=self.scratch,
+                    threads=self.threads,
+                    buffers=self.buffers,
+                    before=_pointwise(before) if before else None,
+                    rounded=id(op) in self.rounded,
+                )
+            case ops.Combine():
+                return [combine.bind(self.routes[id(op.route)], at["x"], at["out"])]
             case ops.RotateStore():
                 return [rotate_store.bind(at["qkv"], at["q_out"], self.tables, self.cache, op.layer)]
             case ops.Attention():
@@ -168,7 +217,8 @@ class _Binder:
             case ops.Select():
                 return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
             case ops.SumSquares():
-                return [sum_squares.bind(at["x"], op.sums, op.counts)]
+                routes = self.routes[id(op.route)] if op.route else None
+                return [sum_squares.bind(at["x"], op.sums, op.counts, routes=routes)]
         raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
 
 
@@ -194,7 +244,9 @@ def _before(program: ops.Program) -> dict[int, ops.SwiGLU | ops.GELU | ops.GeGEL
     operations = program.operations
     found = {}
     for i, (op, after) in enumerate(itertools.pairwise(operations)):
-        if isinstance(op, ops.SwiGLU | ops.GELU | ops.GeGELU) and isinstance(after, ops.MatMul) and after.x is op.out:
+        if not isinstance(op, ops.SwiGLU | ops.GELU | ops.GeGELU):
+            continue
+        if isinstance(after, ops.MatMul | ops.ExpertMatMul) and after.x is op.out:
             read = op.out is program.logits or _read(op.out, operations[i + 2 :])
             if not read and after.out.base is not op.x:  # which the multiplication then reads
                 found[id(after)] = op
@@ -216,23 +268,27 @@ def _read(buffer: ops.Buffer, operations: Sequence[ops.Operation]) -> bool:
 def _rounded(program: ops.Program, packed: Mapping[int, matmul.Packed]) -> set[int]:
     """Every matrix multiplication that finds its activations in the scratch memory as the one just before left them.
 
-    It reads the same buffer, which that one has not written, for a matrix that takes it in the same form. (What is done
-    before a multiplication yields what only that one reads, so neither of the two does that.)
+    It reads the same buffer, which that one has not written, for a matrix that takes it in the same form, and by the
+    same routes if it is one of experts. (What is done before a multiplication yields what only that one reads, so
+    neither of the two does that.)
     """
     found = set()
     for before, op in itertools.pairwise(program.operations):
-        if isinstance(before, ops.MatMul) and isinstance(op, ops.MatMul) and before.x is op.x:
-            forms = [packed[id(o.weight)].format.activations for o in (before, op)]
+        if isinstance(op, ops.MatMul | ops.ExpertMatMul) and type(before) is type(op) and before.x is op.x:
+            forms = [(packed[id(o.weight)].format.activations, getattr(o, "route", None)) for o in (before, op)]
             if forms[0] == forms[1] and before.out.base is not op.x.base:
                 found.add(id(op))
     return found
 
 
-def _cost(op: ops.Operation, natives: int) -> list[_Cost]:
-    if isinstance(op, ops.MatMul):
-        whole = _Cost(op.weight.data.nbytes, op.weight.rows * op.weight.columns, op.x.rows == "outputs")
-        return [_Cost(whole.nbytes // natives, whole.products // natives, whole.outputs)] * natives
-    widths = [b.width for b in vars(op).values() if isinstance(b, ops.Buffer)]
+def _cost(op: ops.Operation, natives: int, routes: int) -> list[_Cost]:
+    """Of each of the native operations of `op`; `routes` as in Program."""
+    if isinstance(op, ops.MatMul | ops.ExpertMatMul):
+        w, outputs = op.weight, op.x.rows == "outputs"
+        used = op.route.used if isinstance(op, ops.ExpertMatMul) else 1
+        products = w.rows * w.columns * used
+        return [_Cost(w.data.nbytes // natives, products // natives, outputs, 1 - used / w.matrices)] * natives
+    widths = [b.width * (routes if b.rows == "routes" else 1) for b in vars(op).values() if isinstance(b, ops.Buffer)]
     return [_Cost(0, 4 * sum(widths), False)] * natives
 
 
@@ -260,11 +316,12 @@ class CpuExecutable:
             if isinstance(op, ops.Attention):
                 self._attentions.append(len(natives))
             natives += bound
-            costs += _cost(op, len(bound))
+            costs += _cost(op, len(bound), made.program.routes)
             self._segments.append(range(start, len(natives)))
         self._native = native_program(natives)
         self._bytes = np.array([c.nbytes for c in costs], np.float64)
         self._products = np.array([c.products for c in costs], np.float64)
+        self._spared = np.array([c.spared for c in costs], np.float64)
         self._of_outputs = np.array([c.outputs for c in costs], bool)
 
     @property
@@ -308,6 +365,7 @@ class CpuExecutable:
         t.cos[:n], t.sin[:n] = step.cos, step.sin
         self._header.set("tokens", n)
         self._header.set("outputs", m)
+        self._header.set("routes", n * self.program.routes)
         return made
 
     def _parts(
@@ -316,7 +374,8 @@ class CpuExecutable:
         """The step in native calls that each take about `_PART_SECONDS`, as far as operations can be divided."""
         shape, speed = self.program.attention, _PRODUCTS_PER_SECOND * self.threads
         rows = np.where(self._of_outputs, m, n)
-        seconds = np.where(rows > 0, np.maximum(self._bytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
+        nbytes = self._bytes * (1 - self._spared**rows)
+        seconds = np.where(rows > 0, np.maximum(nbytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
         per_tile = 8 * shape.head_size * shape.kv_heads * tile_costs / speed
         attending = float(per_tile.sum())
         seconds[self._attentions] = attending

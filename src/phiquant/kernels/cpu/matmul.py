@@ -36,7 +36,17 @@ from .pointwise import Pointwise
 from .target import Target, host
 from .team import available_threads
 
-__all__ = ["FORMATS", "Packed", "bind", "buffer_bytes", "prepare", "scratch_bytes"]
+__all__ = [
+    "FORMATS",
+    "Packed",
+    "bind",
+    "buffer_bytes",
+    "check",
+    "panels_bytes",
+    "prepare",
+    "scratch_bytes",
+    "ticket_panels",
+]
 
 _GROUPS: tuple[Mapping[str, Format], ...] = (
     LEGACY_FORMATS,
@@ -63,6 +73,7 @@ class Packed:
         name, type, rows, columns: of the Weight it was made from.
         data: the panels, aligned to 64 bytes, or the rows.
         panels: which of them.
+        matrices: matrices in it, one after the other (`expert_matmul`).
     """
 
     name: str
@@ -72,6 +83,7 @@ class Packed:
     data: NDArray[np.uint8]
     target: Target
     panels: bool = True
+    matrices: int = 1
 
     @property
     def format(self) -> Format:
@@ -79,7 +91,23 @@ class Packed:
         return FORMATS[self.type]
 
 
-def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None, pack_now: bool = True) -> Packed:
+def check(weight: Weight) -> None:
+    """Refuse what `prepare` cannot pack; its errors."""
+    if weight.type not in FORMATS:
+        known = ", ".join(t.name for t in FORMATS)
+        raise UnsupportedError(f"tensor {weight.name} has type {weight.type.name}; matrices can be of type {known}")
+    if len(weight.shape) != 2 or not weight.data.size:
+        raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
+
+
+def prepare(
+    weight: Weight,
+    *,
+    threads: int = 0,
+    target: Target | None = None,
+    pack_now: bool = True,
+    out: NDArray[np.uint8] | None = None,
+) -> Packed:
     """Repack a matrix; the Weight's bytes are not needed afterwards.
 
     Args:
@@ -87,23 +115,26 @@ def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None, p
         threads: threads to use, 0 for as many as the process may use.
         target: the processor, the host by default.
         pack_now: False leaves the matrix as it is, to be packed piece by piece whenever it is multiplied.
+        out: where the panels go, `panels_bytes(weight)` aligned to 64, with `SLACK` bytes after them that may be read;
+            None for memory of their own.
 
     Raises:
         UnsupportedError: there is no kernel for the weight's type.
         KernelError: the weight is not a matrix, or is empty.
     """
-    if weight.type not in FORMATS:
-        known = ", ".join(t.name for t in FORMATS)
-        raise UnsupportedError(f"tensor {weight.name} has type {weight.type.name}; matrices can be of type {known}")
-    if len(weight.shape) != 2 or not weight.data.size:
-        raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
+    check(weight)
     target = target or host()
     f = FORMATS[weight.type]
     data = np.ascontiguousarray(weight.data)
     if not pack_now:
         return Packed(weight.name, weight.type, weight.rows, weight.columns, data.reshape(-1), target, panels=False)
-    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or available_threads())
+    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or available_threads(), out)
     return Packed(weight.name, weight.type, weight.rows, weight.columns, packed, target)
+
+
+def panels_bytes(weight: Weight) -> int:
+    """Bytes of the panels of a matrix of a known type."""
+    return -(-weight.rows // LANES) * FORMATS[weight.type].panel_bytes(weight.columns)
 
 
 def scratch_bytes(packed: Packed, rows: int) -> int:
@@ -187,7 +218,7 @@ def bind(
         rows=packed.rows,
         columns=packed.columns,
         panel_bytes=panel_bytes,
-        ticket=_ticket_panels(panels, panel_bytes, threads),
+        ticket=ticket_panels(panels, panel_bytes, threads),
         add=int(add),
         row_bytes=packed.data.size // packed.rows,
         buffers=buffers.ctypes.data,
@@ -199,6 +230,6 @@ def bind(
     return [product] if rounded else [activations.bind(form, x, scratch, packed.columns, before, target), product]
 
 
-def _ticket_panels(panels: int, panel_bytes: int, threads: int) -> int:
+def ticket_panels(panels: int, panel_bytes: int, threads: int) -> int:
     """Panels to a ticket for few columns: about a megabyte, fewer where threads would be left without work."""
     return max(1, min((1 << 20) // panel_bytes, panels // (8 * max(threads, 1))))

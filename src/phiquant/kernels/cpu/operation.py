@@ -122,7 +122,7 @@ def tickets(e: Emitter, counter: Value, count: Value) -> Iterator[Value]:
 class StepHeader:
     """The sizes of the running step, as int64 words whose addresses never change."""
 
-    NAMES = ("tokens", "outputs", "first_tile", "last_tile")
+    NAMES = ("tokens", "outputs", "routes", "first_tile", "last_tile")
 
     def __init__(self) -> None:
         self._words = aligned(64).view(np.int64)

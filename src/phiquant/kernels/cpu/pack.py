@@ -46,11 +46,19 @@ def call(kernel: int, block: NDArray[np.int64], threads: int) -> None:
 
 
 def pack(
-    name: str, f: Format, data: NDArray[np.uint8], rows: int, columns: int, target: Target, threads: int
+    name: str,
+    f: Format,
+    data: NDArray[np.uint8],
+    rows: int,
+    columns: int,
+    target: Target,
+    threads: int,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Panels of a matrix of which `data` holds the rows as the file does."""
+    """Panels of a matrix of which `data` holds the rows as the file does; in `out`, just as large, if it is given."""
     panels, panel_bytes = -(-rows // LANES), f.panel_bytes(columns)
-    out = aligned(panels * panel_bytes + SLACK)
+    if out is None:
+        out = aligned(panels * panel_bytes + SLACK)
     block = _ARGUMENTS.pack(
         weights=data.ctypes.data,
         out=out.ctypes.data,
