@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from ...errors import KernelError
 from .. import ops
-from . import attention, library, matmul, rms_norm, rotate_store, select_rows, sum_squares, swiglu
+from . import ahead, attention, library, matmul, rms_norm, rotate_store, select_rows, sum_squares, swiglu
 from .cache import KVCache, StepTables
 from .embed import Embedding
 from .memory import release
 from .operation import NativeOp, Region, StepHeader, aligned
-from .team import Team, available_threads, native_program
+from .team import Team, available_threads, native_program, prepare_team
 
 __all__ = ["CpuBackend", "CpuExecutable"]
 
@@ -103,14 +103,26 @@ class _Binder:
         products = [op for op in program.operations if isinstance(op, ops.MatMul)]
         weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
         report.total = sum(w.data.nbytes for w in weights.values())
-        self.packed = {key: self._pack(w) for key, w in weights.items()}
+        self.packed = {key: matmul.outline(w, pack_now=capacity.pack) for key, w in weights.items()}
         needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
         self.buffers = aligned(max(rooms, default=0))
         self.gates = _gates(program)
         self.gated = {id(op) for op in self.gates.values()}
-        self.bound = [self._bind(op) for op in program.operations]
+        with ahead.compiling(self._kernels(), self.threads):
+            self.packed = {key: self._pack(w) for key, w in weights.items()}
+            self.bound = [self._bind(op) for op in program.operations]
+
+    def _kernels(self) -> list[Callable[[], object]]:
+        """What makes the kernels that will be needed, those that pack first: all is bound once for nothing."""
+        with library.asking() as asked:
+            if self.capacity.pack:
+                for packed in self.packed.values():
+                    matmul.packing_kernel(packed)
+            bound = [self._bind(op) for op in self.program.operations]
+        embeddings = [operation.compile for operation in bound if isinstance(operation, Embedding)]
+        return [*(request.make for request in asked.values()), *embeddings, prepare_team]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
         packed = matmul.prepare(weight, threads=self.threads, pack_now=self.capacity.pack)

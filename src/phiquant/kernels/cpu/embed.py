@@ -31,3 +31,8 @@ class Embedding:
         w = self._weight
         picked = self._rows[self._tokens[:count]]
         self._out.array[:count] = dequantize_rows(picked, w.type, count, w.columns)
+
+    def compile(self) -> None:
+        """Make the kernel, or find it in the cache, by looking up a row for nothing."""
+        w = self._weight
+        dequantize_rows(self._rows[:1], w.type, 1, w.columns)

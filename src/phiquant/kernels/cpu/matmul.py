@@ -11,7 +11,7 @@ into `scratch`, rounded to 8 bits for quantized weights; the second multiplies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,11 @@ from .matmul_small import SMALL_FORMATS
 from .matmul_tables import TABLE_FORMATS
 from .matmul_tiles import LANES, Format
 from .operation import NativeOp, Region
-from .pack import SLACK, pack
+from .pack import SLACK, pack, pack_kernel
 from .target import Target, host
 from .team import available_threads
 
-__all__ = ["FORMATS", "Packed", "bind", "buffer_bytes", "prepare", "scratch_bytes"]
+__all__ = ["FORMATS", "Packed", "bind", "buffer_bytes", "outline", "packing_kernel", "prepare", "scratch_bytes"]
 
 _GROUPS: tuple[Mapping[str, Format], ...] = (
     LEGACY_FORMATS,
@@ -90,18 +90,27 @@ def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None, p
         UnsupportedError: there is no kernel for the weight's type.
         KernelError: the weight is not a matrix, or is empty.
     """
+    outlined = outline(weight, target=target, pack_now=pack_now)
+    data = np.ascontiguousarray(weight.data)
+    if pack_now:
+        w, count = weight, threads or available_threads()
+        data = pack(w.type.name, outlined.format, data, w.rows, w.columns, outlined.target, count)
+    return replace(outlined, data=data.reshape(-1))
+
+
+def outline(weight: Weight, *, target: Target | None = None, pack_now: bool = True) -> Packed:
+    """What `prepare` will make of a matrix, with the file's bytes instead of panels; arguments and errors the same."""
     if weight.type not in FORMATS:
         known = ", ".join(t.name for t in FORMATS)
         raise UnsupportedError(f"tensor {weight.name} has type {weight.type.name}; matrices can be of type {known}")
     if len(weight.shape) != 2 or not weight.data.size:
         raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
-    target = target or host()
-    f = FORMATS[weight.type]
-    data = np.ascontiguousarray(weight.data)
-    if not pack_now:
-        return Packed(weight.name, weight.type, weight.rows, weight.columns, data.reshape(-1), target, panels=False)
-    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or available_threads())
-    return Packed(weight.name, weight.type, weight.rows, weight.columns, packed, target)
+    return Packed(weight.name, weight.type, weight.rows, weight.columns, weight.data, target or host(), panels=pack_now)
+
+
+def packing_kernel(packed: Packed) -> int:
+    """The kernel that makes such panels."""
+    return pack_kernel(packed.type.name, packed.format, packed.target)
 
 
 def scratch_bytes(packed: Packed, rows: int) -> int:
