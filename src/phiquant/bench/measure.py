@@ -30,6 +30,7 @@ class Setting:
     threads: int
     batch: int
     cache_type: str
+    bf16_dot: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def jobs(
     threads: Iterable[int] = (0,),
     cache_types: Iterable[str] = ("f16",),
     context: int = 0,
+    bf16_dot: bool = False,
 ) -> list[Job]:
     """Every combination, those that share a loaded model together; 0 tokens leave a test out.
 
@@ -77,7 +79,7 @@ def jobs(
     """
     tests = [(p, 0) for p in prompts if p] + [(0, n) for n in generated if n] + [(p, n) for p, n in both if p or n]
     settings = [
-        Setting(os.fspath(model), count, batch, kind)
+        Setting(os.fspath(model), count, batch, kind, bf16_dot)
         for model, count, batch, kind in itertools.product(models, threads, batches, cache_types)
     ]
     found = [
@@ -101,6 +103,7 @@ class Bench:
             threads=setting.threads,
             batch=setting.batch,
             cache_type=setting.cache_type,
+            bf16_dot=setting.bf16_dot,
             speculate=False,  # all tests are to cost what they cost on any text
         )
         if self.llm.context < room:

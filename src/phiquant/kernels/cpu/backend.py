@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import KernelError
+from ...errors import KernelError, RequestError
 from .. import ops
 from . import ahead, attention, library, matmul, rms_norm, rotate_store, select_rows, sum_squares, swiglu
 from .cache import KVCache, StepTables
 from .embed import Embedding
 from .memory import release
 from .operation import NativeOp, Region, StepHeader, aligned
+from .target import host
 from .team import Team, available_threads, native_program, prepare_team
 
 __all__ = ["CpuBackend", "CpuExecutable"]
@@ -42,7 +43,10 @@ class CpuBackend:
 
         Raises:
             KernelError: there is no kernel for a shape or a type, or memory is short.
+            RequestError: `capacity` asks for dot products of BF16, which this processor lacks.
         """
+        if capacity.bf16_dot and not host().has_bfloat_dot:
+            raise RequestError(f"dot products of BF16 were asked for (bf16_dot), but {matmul.NO_BFLOAT_DOT}")
         report = _Report(self._progress)
         library.on_compile.append(report.compiling)
         try:
@@ -103,7 +107,8 @@ class _Binder:
         products = [op for op in program.operations if isinstance(op, ops.MatMul)]
         weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
         report.total = sum(w.data.nbytes for w in weights.values())
-        self.packed = {key: matmul.outline(w, pack_now=capacity.pack) for key, w in weights.items()}
+        how = {"pack_now": capacity.pack, "bf16_dot": capacity.bf16_dot}
+        self.packed = {key: matmul.outline(w, **how) for key, w in weights.items()}
         needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
@@ -125,7 +130,8 @@ class _Binder:
         return [*(request.make for request in asked.values()), *embeddings, prepare_team]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
-        packed = matmul.prepare(weight, threads=self.threads, pack_now=self.capacity.pack)
+        c = self.capacity
+        packed = matmul.prepare(weight, threads=self.threads, pack_now=c.pack, bf16_dot=c.bf16_dot)
         if not np.may_share_memory(packed.data, weight.data):
             release(weight.data)  # or the model would be in memory twice
         self.report.arranged(weight.data.nbytes)

@@ -21,7 +21,7 @@ from ...gguf.types import GGMLType
 from ..ops import Weight
 from . import activations, matmul_tiles
 from .library import function
-from .matmul_float import FloatFormat
+from .matmul_float import BFloatDot, FloatFormat
 from .matmul_kquants import K_FORMATS
 from .matmul_lattice import LATTICE_FORMATS
 from .matmul_legacy import LEGACY_FORMATS
@@ -34,7 +34,17 @@ from .pack import SLACK, pack, pack_kernel
 from .target import Target, host
 from .team import available_threads
 
-__all__ = ["FORMATS", "Packed", "bind", "buffer_bytes", "outline", "packing_kernel", "prepare", "scratch_bytes"]
+__all__ = [
+    "FORMATS",
+    "NO_BFLOAT_DOT",
+    "Packed",
+    "bind",
+    "buffer_bytes",
+    "outline",
+    "packing_kernel",
+    "prepare",
+    "scratch_bytes",
+]
 
 _GROUPS: tuple[Mapping[str, Format], ...] = (
     LEGACY_FORMATS,
@@ -52,6 +62,10 @@ FORMATS: dict[GGMLType, Format] = {
 }
 """The types that can be multiplied."""
 
+NO_BFLOAT_DOT = "the processor, or the lowering that was asked for, lacks AVX512_BF16"
+
+_BFLOAT_DOT = BFloatDot()
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -61,6 +75,7 @@ class Packed:
         name, type, rows, columns: of the Weight it was made from.
         data: the panels, aligned to 64 bytes, or the rows.
         panels: which of them.
+        bfloat_dot: the matrix is BF16 and meets activations that are rounded to that, too.
     """
 
     name: str
@@ -70,14 +85,22 @@ class Packed:
     data: NDArray[np.uint8]
     target: Target
     panels: bool = True
+    bfloat_dot: bool = False
 
     @property
     def format(self) -> Format:
         """How the panels are laid out."""
-        return FORMATS[self.type]
+        return _BFLOAT_DOT if self.bfloat_dot else FORMATS[self.type]
+
+    @property
+    def kind(self) -> str:
+        """Of the kernels, for their names."""
+        return self.type.name + (".dot" if self.bfloat_dot else "")
 
 
-def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None, pack_now: bool = True) -> Packed:
+def prepare(
+    weight: Weight, *, threads: int = 0, target: Target | None = None, pack_now: bool = True, bf16_dot: bool = False
+) -> Packed:
     """Repack a matrix; the Weight's bytes are not needed afterwards.
 
     Args:
@@ -85,32 +108,38 @@ def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None, p
         threads: threads to use, 0 for as many as the process may use.
         target: the processor, the host by default.
         pack_now: False leaves the matrix as it is, to be packed piece by piece whenever it is multiplied.
+        bf16_dot: a BF16 matrix is to meet activations rounded to BF16, which is faster.
 
     Raises:
         UnsupportedError: there is no kernel for the weight's type.
-        KernelError: the weight is not a matrix, or is empty.
+        KernelError: the weight is not a matrix, or is empty; the processor cannot multiply BF16.
     """
-    outlined = outline(weight, target=target, pack_now=pack_now)
+    outlined = outline(weight, target=target, pack_now=pack_now, bf16_dot=bf16_dot)
     data = np.ascontiguousarray(weight.data)
     if pack_now:
         w, count = weight, threads or available_threads()
-        data = pack(w.type.name, outlined.format, data, w.rows, w.columns, outlined.target, count)
+        data = pack(outlined.kind, outlined.format, data, w.rows, w.columns, outlined.target, count)
     return replace(outlined, data=data.reshape(-1))
 
 
-def outline(weight: Weight, *, target: Target | None = None, pack_now: bool = True) -> Packed:
+def outline(weight: Weight, *, target: Target | None = None, pack_now: bool = True, bf16_dot: bool = False) -> Packed:
     """What `prepare` will make of a matrix, with the file's bytes instead of panels; arguments and errors the same."""
     if weight.type not in FORMATS:
         known = ", ".join(t.name for t in FORMATS)
         raise UnsupportedError(f"tensor {weight.name} has type {weight.type.name}; matrices can be of type {known}")
     if len(weight.shape) != 2 or not weight.data.size:
         raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
-    return Packed(weight.name, weight.type, weight.rows, weight.columns, weight.data, target or host(), panels=pack_now)
+    target = target or host()
+    dot = bf16_dot and weight.type is GGMLType.BF16
+    if dot and not target.has_bfloat_dot:
+        raise KernelError(f"no dot products of BF16 for the tensor {weight.name}: {NO_BFLOAT_DOT}")
+    w = weight
+    return Packed(w.name, w.type, w.rows, w.columns, w.data, target, panels=pack_now, bfloat_dot=dot)
 
 
 def packing_kernel(packed: Packed) -> int:
     """The kernel that makes such panels."""
-    return pack_kernel(packed.type.name, packed.format, packed.target)
+    return pack_kernel(packed.kind, packed.format, packed.target)
 
 
 def scratch_bytes(packed: Packed, rows: int) -> int:
@@ -171,7 +200,7 @@ def bind(
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
     name = f"activations.{form.name}" + (".gated" if gated else "")
     rounding = function(name, 4, activations.body(form, gated=gated), target)
-    name = f"matmul.{packed.type.name}" + ("" if packed.panels else ".unpacked")
+    name = f"matmul.{packed.kind}" + ("" if packed.panels else ".unpacked")
     multiply = function(name, 4, matmul_tiles.body(f, target, packed=packed.panels), target)
     first = activations.ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=packed.columns)
     panels = -(-packed.rows // LANES)
