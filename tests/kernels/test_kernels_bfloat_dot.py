@@ -203,7 +203,7 @@ def test_other_types_are_what_they_were() -> None:
 
 @pytest.mark.skipif(host().arm, reason="forces a lowering of x86")
 def test_a_processor_without_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KernelError, match="for the tensor w: the processor, or the lowering .* lacks AVX512_BF16"):
+    with pytest.raises(KernelError, match=r"for the tensor w: the processor, or the lowering .* lacks AVX512_BF16"):
         dot(random_weight(BF16, 16, 4, np.random.default_rng(0)), target=host("generic"))
     monkeypatch.setenv("PHIQUANT_LOWERING", "generic")
     host.cache_clear()

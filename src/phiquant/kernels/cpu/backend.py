@@ -107,8 +107,9 @@ class _Binder:
         products = [op for op in program.operations if isinstance(op, ops.MatMul)]
         weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
         report.total = sum(w.data.nbytes for w in weights.values())
-        how = {"pack_now": capacity.pack, "bf16_dot": capacity.bf16_dot}
-        self.packed = {key: matmul.outline(w, **how) for key, w in weights.items()}
+        self.packed = {
+            key: matmul.outline(w, pack_now=capacity.pack, bf16_dot=capacity.bf16_dot) for key, w in weights.items()
+        }
         needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]

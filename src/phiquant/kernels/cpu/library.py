@@ -79,7 +79,8 @@ def asking() -> Iterator[dict[str, Request]]:
 
     So one learns what binding an operation will need, by binding it for nothing. Addresses must not be kept.
     """
-    _asked.requests = requests = {}
+    requests: dict[str, Request] = {}
+    _asked.requests = requests
     try:
         yield requests
     finally:

@@ -4,8 +4,8 @@ A panel is [columns][16 rows]. For every element the products of a chunk of 256 
 the chunks' totals are added in order: the same for any tile, and more exact than one long chain.
 
 BF16 weights also meet activations that were rounded to bfloat16, where one asks for it and the processor has the
-instruction: it multiplies two columns at a time, twice as many as an FMA. A panel is then [pairs of columns][16 rows][2],
-with zeros beside an odd last column.
+instruction: it multiplies two columns at a time, twice as many as an FMA. A panel is then [pairs of columns][16
+rows][2], with zeros beside an odd last column.
 """
 
 from __future__ import annotations
