@@ -187,6 +187,28 @@ def test_gpu_layers_are_noted(path: Path) -> None:
         assert "GPU" in llm.notes[0]
 
 
+def test_streamed_logits_are_the_logits(path: Path) -> None:
+    sequences = [list(range(100, 100 + n)) for n in (40, 7, 33, 64, 1)]
+    with LLM.load(path, context=64, batch=48, parallel=3) as llm:
+        whole = [llm.logits(ids) for ids in sequences]
+        for first in (0, 5, 39):
+            parts: list[list[np.ndarray]] = [[] for _ in sequences]
+            following = [first] * len(sequences)
+            for index, position, rows in llm.stream_logits(iter(sequences), first=first):
+                assert position == following[index]
+                following[index] += len(rows)
+                parts[index].append(rows)
+            for logits, part in zip(whole, parts, strict=True):
+                assert sum(map(len, part)) == max(len(logits) - first, 0)
+                assert not part or np.array_equal(np.concatenate(part), logits[first:])
+        with pytest.raises(ContextError):
+            list(llm.stream_logits([[1], [1] * 65]))
+        stream = llm.stream_logits([[1] * 64] * 3)
+        next(stream)
+        stream.close()
+        assert np.array_equal(llm.logits(sequences[1]), whole[1]), "what was given up is out of the way"
+
+
 def test_closing(path: Path) -> None:
     llm = LLM.load(path)
     stream = llm.generate(PROMPT, stream=True)

@@ -12,7 +12,9 @@ import math
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Final, Literal, Self, Unpack, overload
 
@@ -300,6 +302,40 @@ class LLM:
             self._engine.cancel(job)
         assert job.logits is not None
         return job.logits
+
+    def stream_logits(
+        self, sequences: Iterable[Sequence[int]], *, first: int = 0
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Logits of many sequences as they are computed, so that memory does not grow with their length.
+
+        As many sequences as `parallel` was given to `load` are computed at once. Yields a sequence's index, a position
+        and rows, float32 [rows, vocabulary]: of each sequence in order, from position `first` on; those of
+        neighbouring sequences may take turns. Raises TokenError, ContextError.
+        """
+        self._check_open()
+        blocks: deque[tuple[int, int, NDArray[np.float32]]] = deque()
+
+        def sink(index: int, position: int, rows: NDArray[np.float32]) -> None:
+            blocks.append((index, position, rows.copy()))  # the next step, which may be another thread's, overwrites it
+
+        waiting, running = enumerate(sequences), list[Job]()
+        try:
+            while True:
+                while len(running) < self._engine.parallel:
+                    index, ids = next(waiting, (-1, ()))
+                    if index < 0:
+                        break
+                    running.append(Job(ids, None, sink=partial(sink, index), first=first))
+                    self._engine.submit(running[-1])
+                if not running:
+                    return
+                self._engine.step(running[0])
+                running = [job for job in running if job.finish is None]
+                while blocks:
+                    yield blocks.popleft()
+        finally:
+            for job in running:
+                self._engine.cancel(job)
 
     @property
     def threads(self) -> int:

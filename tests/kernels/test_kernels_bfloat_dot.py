@@ -19,10 +19,11 @@ from phiquant import quants
 from phiquant.errors import KernelError, RequestError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels import ops
-from phiquant.kernels.cpu import library, matmul, matmul_tiles, swiglu
+from phiquant.kernels.cpu import library, matmul, matmul_tiles, pointwise
 from phiquant.kernels.cpu.backend import CpuBackend
 from phiquant.kernels.cpu.matmul_float import BFloatDot
 from phiquant.kernels.cpu.operation import Region
+from phiquant.kernels.cpu.swiglu import SWIGLU
 from phiquant.kernels.cpu.target import Target, host
 from phiquant.kernels.reference import ReferenceBackend
 
@@ -121,8 +122,8 @@ def test_gating_on_the_way_changes_no_bit(machine: Any) -> None:
     regions = [machine.region(array, 21) for array in (x, between, apart, together)]
     first, second, third, fourth = (dataclasses.replace(r, count=regions[0].count) for r in regions)
     options: dict[str, Any] = {"add": False, "scratch": scratch, "threads": 2}
-    machine.run(swiglu.bind(first, second), *matmul.bind(packed, second, third, **options))
-    machine.run(*matmul.bind(packed, first, fourth, gated=True, **options))
+    machine.run(pointwise.bind(SWIGLU, first, second), *matmul.bind(packed, second, third, **options))
+    machine.run(*matmul.bind(packed, first, fourth, before=SWIGLU, **options))
     assert np.array_equal(apart, together)
     assert np.abs(apart).max() > 0
 

@@ -3,7 +3,7 @@
 As in llama-bench: "pp" is the time of a prompt of random tokens, "tg" the time of generating so many tokens one by one,
 either behind `depth` tokens that are computed before and not timed; a first run is not counted. Where generated tokens
 cross the border of LongRoPE, the engine computes all before them again with other factors, and that is timed: it is
-what generating them costs. A prompt that ends beyond the border finds what is before it computed with the factors it needs.
+what generating them costs. A prompt that ends beyond the border finds what is before it computed as it needs it.
 """
 
 import itertools

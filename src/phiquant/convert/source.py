@@ -140,11 +140,12 @@ class CheckpointSource(Source):
         return [_phi3_named(entry) if strips and entry.key == keys.NAME else entry for entry in entries]
 
     def entries(self, file_type: int | None) -> list[Entry]:
-        """Everything llama.cpp's converter writes, then our own keys."""
+        """Everything llama.cpp's converter writes, then our own keys. What the tokenizer says has the last word."""
         kind = self._own_file_type() if file_type is None else file_type
+        said = {entry.key for entry in self._tokenizer}
         return [
             *self._general,
-            *self._settings.entries(),
+            *(entry for entry in self._settings.entries() if entry.key not in said),
             uint32(keys.FILE_TYPE, kind),
             uint32(keys.QUANTIZATION_VERSION, QUANTIZATION_VERSION),
             *self._tokenizer,

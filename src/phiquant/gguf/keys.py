@@ -102,6 +102,8 @@ CHAT_TEMPLATES: Final = "tokenizer.chat_templates"
 ADDED_TOKENS: Final = "phiquant.tokenizer.added_tokens"
 # An array of uint32: every id with which the checkpoint's generation_config.json ends a reply; GGUF has keys for three.
 END_IDS: Final = "phiquant.tokenizer.eos_token_ids"
+# True where the checkpoint's byte-level vocabulary gives a word that is a token that token, whatever the merges say.
+IGNORE_MERGES: Final = "phiquant.tokenizer.ignore_merges"
 
 # A string and an array of uint64, one for each tensor: `gguf.checksum` says of what.
 CHECKSUM: Final = "phiquant.checksum"

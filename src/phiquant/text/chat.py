@@ -29,7 +29,7 @@ def encode(
     template = tokenizer.chat_template
     if template is None:
         raise TemplateError("the model has no chat template; give it a plain prompt instead")
-    mask = Mask((token.content for token in tokenizer.added_tokens), [template.source, *_strings([messages, extra])])
+    mask = Mask((token.content for token in tokenizer.marks), [template.source, *_strings([messages, extra])])
     masked_extra = {name: mask.hide_all(value) for name, value in extra.items()}
     rendered = template.render(
         [

@@ -9,8 +9,8 @@ weights, or rounded to bfloat16 for dot products of those), their scales, and th
 Chunks are stored [chunk][row]: the same chunk of neighbouring rows is adjacent, at a distance that is a constant of the
 kernel, so that a tile of several columns is addressed from one register and streams through the cache.
 
-Where the activations are the product of a SwiGLU that nothing else reads, they are gated on the way ("gated"): a row is
-then the gates and what they are multiplied with, and what they yield is never written as float32.
+Where the activations are what a pointwise operation yields (SwiGLU, GELU) and nothing else reads, it is done on the
+way: a row is then what that operation reads, and what it yields is never written as float32.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .emit import F32, I8, I16, I32, Emitter, Value, vec
-from .operation import Arguments, tickets
-from .simd import concatenate, dot_quads, float_to_bfloat, nearest_int, reduce
-from .swiglu import apply_gate
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["ARGUMENTS", "CHUNK", "PADDING", "Activations", "body", "chunk_stride"]
+from .emit import F32, I8, I16, I32, Emitter, Value, vec
+from .library import function
+from .operation import Arguments, NativeOp, Region, tickets
+from .pointwise import Pointwise, float_bits
+from .simd import concatenate, dot_quads, float_to_bfloat, nearest_int, reduce
+from .target import Target
+
+__all__ = ["CHUNK", "PADDING", "Activations", "bind", "body", "chunk_stride"]
 
 CHUNK = 256  # values of a row that are handled together
 PADDING = 12  # rows are padded to a multiple of this, which every tile divides, so that tiles may read beyond the last
 _UNITS = 16  # chunks to a ticket
 _TINY = 1e-36  # below this 127 / amax overflows; such a group is rounded to zeros
 
-ARGUMENTS = Arguments("count", "x", "out", "columns")
+ARGUMENTS = Arguments("count", "x", "out", "columns", "limit")
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,8 @@ class Activations:
     def stride(self) -> int:
         """Bytes of a chunk."""
         if not self.group:
-            return (
-                2 if self.bfloat else 4
-            ) * CHUNK + 64  # not a multiple of a power of two, which would crowd few cache sets
+            size = 2 if self.bfloat else 4
+            return size * CHUNK + 64  # not a multiple of a power of two, which would crowd few cache sets
         size = {"none": 0, "pairs": 2, "start": 4, "scaled": 4}[self.sums]
         return -(-(self.sums_offset + size * (CHUNK // self.span)) // 16) * 16
 
@@ -90,11 +94,27 @@ Source = Callable[["Value | int", int], Value]
 """Reads float32 lanes at an offset in bytes."""
 
 
-def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
-    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in (gated: 2 columns)."""
+def bind(
+    form: Activations,
+    x: Region,
+    scratch: NDArray[np.uint8],
+    columns: int,
+    before: Pointwise | None,
+    target: Target,
+) -> NativeOp:
+    """Fill `scratch` with x, float32 [rows, columns], or with what `before` makes of x, [rows, its parts * columns]."""
+    name = f"activations.{form.name}" + (f".{before.name}" if before else "")
+    limit = float_bits(before.limit) if before else 0
+    block = ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=columns, limit=limit)
+    return NativeOp(function(name, 4, body(form, before), target), block, (x.array, scratch))
+
+
+def body(form: Activations, before: Pointwise | None = None) -> Callable[..., None]:
+    """The kernel that fills a scratch area with all rows of a step."""
+    parts = before.parts if before else 1
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        count_at, x, out, columns = ARGUMENTS.read_all(e, block)
+        count_at, x, out, columns, limit = ARGUMENTS.read_all(e, block)
         count = e.load(count_at, x.type, align=8)
         chunks = (columns + (CHUNK - 1)).udiv(CHUNK)
         between = chunk_stride(count, form)
@@ -105,7 +125,7 @@ def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
             with e.loop(first, e.min(first + _UNITS, units)) as unit:
                 row = unit.udiv(chunks)
                 chunk = unit - row * chunks
-                source = _source(e, x + ((row * columns << int(gated)) + chunk * CHUNK) * 4, columns, gated)
+                source = _source(e, x + (row * columns * parts + chunk * CHUNK) * 4, columns, before, limit)
                 target = out + chunk * between + row * form.stride
                 left = e.min(columns - chunk * CHUNK, CHUNK)
                 if form.bfloat:
@@ -120,14 +140,16 @@ def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
     return kernel
 
 
-def _source(e: Emitter, at: Value, columns: Value, gated: bool) -> Source:
+def _source(e: Emitter, at: Value, columns: Value, before: Pointwise | None, limit: Value) -> Source:
     def plain(offset: Value | int, lanes: int) -> Value:
         return e.load(at + offset, vec(F32, lanes))
 
-    def multiplied(offset: Value | int, lanes: int) -> Value:
-        return apply_gate(e, plain(offset, lanes), e.load(at + 4 * columns + offset, vec(F32, lanes)))
+    def computed(offset: Value | int, lanes: int) -> Value:
+        assert before is not None
+        parts = [plain(4 * i * columns + offset, lanes) for i in range(before.parts)]
+        return before.apply(e, limit.trunc(I32).bits(F32), *parts)
 
-    return multiplied if gated else plain
+    return computed if before else plain
 
 
 def _copy(e: Emitter, source: Source, target: Value, left: Value) -> None:

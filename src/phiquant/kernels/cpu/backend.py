@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 
 from ...errors import KernelError, RequestError
 from .. import ops
-from . import ahead, attention, library, matmul, rms_norm, rotate_store, select_rows, sum_squares, swiglu
+from . import ahead, attention, layer_norm, library, matmul, pointwise, rms_norm, rotate_store, select_rows, sum_squares
 from .cache import KVCache, StepTables
 from .embed import Embedding
+from .gegelu import gegelu
+from .gelu import GELU
 from .memory import release
 from .operation import NativeOp, Region, StepHeader, aligned
+from .pointwise import Pointwise
+from .swiglu import SWIGLU
 from .target import host
 from .team import Team, available_threads, native_program, prepare_team
 
@@ -114,8 +118,9 @@ class _Binder:
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
         self.buffers = aligned(max(rooms, default=0))
-        self.gates = _gates(program)
-        self.gated = {id(op) for op in self.gates.values()}
+        self.before = _before(program)
+        self.done_before = {id(op) for op in self.before.values()}
+        self.rounded = _rounded(program, self.packed)
         with ahead.compiling(self._kernels(), self.threads):
             self.packed = {key: self._pack(w) for key, w in weights.items()}
             self.bound = [self._bind(op) for op in program.operations]
@@ -142,25 +147,32 @@ class _Binder:
     def _rows(rows: int, width: int) -> NDArray[np.float32]:
         return aligned(4 * rows * width).view(np.float32).reshape(rows, width)
 
+    def _region(self, buffer: ops.Buffer) -> Region:
+        whole = self.regions[id(buffer.base)]
+        return whole if buffer.whole is None else whole.columns(buffer.first, buffer.width)
+
     def _bind(self, op: ops.Operation) -> Embedding | list[NativeOp]:
-        at = {name: self.regions[id(b)] for name, b in vars(op).items() if isinstance(b, ops.Buffer)}
+        at = {name: self._region(b) for name, b in vars(op).items() if isinstance(b, ops.Buffer)}
         match op:
             case ops.Embed():
-                return Embedding(op.weight, self.tables.tokens, at["out"])
+                return Embedding(op.weight, self.tables.tokens, at["out"], op.scale)
             case ops.RMSNorm():
-                return [rms_norm.bind(at["x"], op.weight.data.view(np.float32), op.epsilon, at["out"])]
+                return [rms_norm.bind(at["x"], _floats(op.weight), op.epsilon, at["out"])]
+            case ops.LayerNorm():
+                return [layer_norm.bind(at["x"], _floats(op.weight), _floats(op.bias), op.epsilon, at["out"])]
             case ops.MatMul():
-                packed = self.packed[id(op.weight)]
-                gate = self.gates.get(id(op))
+                before = self.before.get(id(op))
                 return matmul.bind(
-                    packed,
-                    self.regions[id(gate.x)] if gate else at["x"],
+                    self.packed[id(op.weight)],
+                    self._region(before.x) if before else at["x"],
                     at["out"],
                     add=op.add,
                     scratch=self.scratch,
                     threads=self.threads,
                     buffers=self.buffers,
-                    gated=gate is not None,
+                    bias=_floats(op.bias) if op.bias else None,
+                    before=_pointwise(before) if before else None,
+                    rounded=id(op) in self.rounded,
                 )
             case ops.RotateStore():
                 return [rotate_store.bind(at["qkv"], at["q_out"], self.tables, self.cache, op.layer)]
@@ -170,8 +182,8 @@ class _Binder:
                         at["q"], at["out"], self.tables, self.header, self.cache, op.layer, self.shared, self.threads
                     )
                 ]
-            case ops.SwiGLU():
-                return [] if id(op) in self.gated else [swiglu.bind(at["x"], at["out"])]
+            case ops.SwiGLU() | ops.GELU() | ops.GeGELU():
+                return [] if id(op) in self.done_before else [pointwise.bind(_pointwise(op), at["x"], at["out"])]
             case ops.Select():
                 return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
             case ops.SumSquares():
@@ -179,28 +191,60 @@ class _Binder:
         raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
 
 
-def _gates(program: ops.Program) -> dict[int, ops.SwiGLU]:
-    """By the matrix multiplication that comes next and alone reads its output, every SwiGLU of which that is true.
+def _floats(weight: ops.Weight) -> NDArray[np.float32]:
+    return weight.data.view(np.float32)
 
-    Such a multiplication gates its activations itself: what lies between is neither written nor read.
+
+def _pointwise(op: ops.SwiGLU | ops.GELU | ops.GeGELU) -> Pointwise:
+    match op:
+        case ops.SwiGLU():
+            return SWIGLU
+        case ops.GELU():
+            return GELU
+        case ops.GeGELU():
+            return gegelu(op.limit)
+
+
+def _before(program: ops.Program) -> dict[int, ops.SwiGLU | ops.GELU | ops.GeGELU]:
+    """By the matrix multiplication that comes next and alone reads its output, every pointwise operation for which so.
+
+    Such a multiplication does it itself, on the way: what lies between is neither written nor read.
     """
     operations = program.operations
     found = {}
     for i, (op, after) in enumerate(itertools.pairwise(operations)):
-        if isinstance(op, ops.SwiGLU) and isinstance(after, ops.MatMul) and after.x is op.out:
-            if not _read(op.out, operations[i + 2 :]):
+        if isinstance(op, ops.SwiGLU | ops.GELU | ops.GeGELU) and isinstance(after, ops.MatMul) and after.x is op.out:
+            read = op.out is program.logits or _read(op.out, operations[i + 2 :])
+            if not read and after.out.base is not op.x:  # which the multiplication then reads
                 found[id(after)] = op
     return found
 
 
 def _read(buffer: ops.Buffer, operations: Sequence[ops.Operation]) -> bool:
-    """Whether a buffer is read before it is written again."""
+    """Whether a buffer, or some of its columns, is read before it is written again as a whole."""
     for op in operations:
-        if any(value is buffer for name, value in vars(op).items() if name != "out"):
+        named = {name: b for name, b in vars(op).items() if isinstance(b, ops.Buffer) and b.base is buffer}
+        out = named.pop("out", None)
+        if named or (out and (getattr(op, "add", False) or isinstance(op, ops.Combine))):
             return True
-        if getattr(op, "out", None) is buffer:
-            return getattr(op, "add", False)
+        if out is buffer:
+            return False
     return False
+
+
+def _rounded(program: ops.Program, packed: Mapping[int, matmul.Packed]) -> set[int]:
+    """Every matrix multiplication that finds its activations in the scratch memory as the one just before left them.
+
+    It reads the same buffer, which that one has not written, for a matrix that takes it in the same form. (What is done
+    before a multiplication yields what only that one reads, so neither of the two does that.)
+    """
+    found = set()
+    for before, op in itertools.pairwise(program.operations):
+        if isinstance(before, ops.MatMul) and isinstance(op, ops.MatMul) and before.x is op.x:
+            forms = [packed[id(o.weight)].format.activations for o in (before, op)]
+            if forms[0] == forms[1] and before.out.base is not op.x.base:
+                found.add(id(op))
+    return found
 
 
 def _cost(op: ops.Operation, natives: int) -> list[_Cost]:
