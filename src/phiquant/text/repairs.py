@@ -22,8 +22,8 @@ from phiquant.errors import RequestError
 
 SYSTEM = "You are a helpful assistant with some tools."
 
-_KEY = re.compile(r"""(['"])tools\1\s+in\s+message\b|\bmessage\s*\[\s*(['"])tools\2\s*\]|\bmessage\.tools\b""")
-_ANY = re.compile(r"\btools\b")
+_KEY = r"""(['"])tools\1\s+in\s+message\b|\bmessage\s*\[\s*(['"])tools\2\s*\]|\bmessage\.tools\b"""
+_ANY = r"\btools\b"
 _LONGEST = 1 << 16  # characters; no template of this family is that long
 
 NOTE = (
@@ -36,13 +36,13 @@ def reads_tools_from_system(source: str) -> bool:
     """Whether a template is of Phi-4-mini's kind."""
     if len(source) > _LONGEST or "<|tool|>" not in source:
         return False
-    without = _KEY.sub("", source)
-    return without != source and not _ANY.search(without)
+    without = re.sub(_KEY, "", source)
+    return without != source and not re.search(_ANY, without)
 
 
 def mentions_tools(source: str) -> bool:
     """Whether a template can show tools at all."""
-    return _ANY.search(source) is not None
+    return re.search(_ANY, source) is not None
 
 
 def rearrange(messages: Sequence[dict[str, Any]], tools: object) -> list[dict[str, Any]]:

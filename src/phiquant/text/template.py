@@ -53,7 +53,7 @@ class ChatTemplate:
         """What is known to be wrong with the template and how it is repaired, one sentence each."""
         notes = [repairs.NOTE] if self._reads_tools_from_system else []
         if self._known_name in LEAVES_SYSTEM_OUT:
-            notes.append("the chat template leaves out system messages, which the model was not trained with")
+            notes.append("the chat template leaves out system messages, as it was published")
         return tuple(notes)
 
     @property
