@@ -239,9 +239,12 @@ def _rotate(x: Floats, heads: int, a: ops.AttentionShape, step: ops.Step) -> Flo
     x = x.reshape(len(x), heads, a.head_size).copy()
     half = a.rotary // 2
     cos, sin = step.cos[:, None, :], step.sin[:, None, :]
-    first, second = x[:, :, :half].copy(), x[:, :, half : a.rotary].copy()
-    x[:, :, :half] = first * cos - second * sin
-    x[:, :, half : a.rotary] = second * cos + first * sin
+    here, there = (slice(0, half), slice(half, a.rotary))
+    if a.neighbours:
+        here, there = (slice(0, a.rotary, 2), slice(1, a.rotary, 2))
+    first, second = x[:, :, here].copy(), x[:, :, there].copy()
+    x[:, :, here] = first * cos - second * sin
+    x[:, :, there] = second * cos + first * sin
     return x.reshape(len(x), -1)
 
 
