@@ -157,3 +157,6 @@ OTHERS = {
     )
 }
 """Those that only the released code computes right: numpy_phi3small.py stands for it."""
+
+LAST = 160
+"""Tokens of a sequence that are kept as vectors, counted from its end."""
