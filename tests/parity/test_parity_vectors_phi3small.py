@@ -43,7 +43,7 @@ def test_the_vectors_tell_the_regimes_apart(parity: Any) -> None:
 
 
 def test_the_vectors_tell_sparse_attention_from_dense(parity: Any, files: Callable[[Any], Path]) -> None:
-    """An error of this kind would be a million times the tolerance; of the released pattern, which is wide, a thousand."""
+    """An error of this kind would be a million times the tolerance; of the released, wide pattern, a thousand times."""
     for name, least in (("grouped_64", 1e-3), ("released_32", 1e-6)):
         model = dataclasses.replace(MODELS[name], name="dense", dense_every=1)
         with LLM.load(files(model), backend="cpu", cache_type="f32") as llm:
