@@ -35,8 +35,8 @@ class Model:
             "phi3small.attention.layer_norm_epsilon": (1e-5, F32),
             "phi3small.rope.dimension_count": (16, U32),
             "phi3small.rope.freq_base": (1e6, F32),
-            "phi3small.rope.scaling.attn_factor_short": (1.25, F32),
-            "phi3small.rope.scaling.attn_factor_long": (1.5, F32),
+            "phiquant.rope.attention_factor_short": (1.25, F32),
+            "phiquant.rope.attention_factor_long": (1.5, F32),
             "phi3small.embedding_scale": (10.0, F32),
             "phi3small.attention.scale": (0.0625, F32),
             "phi3small.logit_scale": (0.125, F32),
@@ -126,20 +126,20 @@ def test_what_may_be_absent_has_its_default(model: Model, tmp_path: Path) -> Non
     for key in ("general.name", "phi3small.rope.scaling.original_context_length", "phi3small.rope.dimension_count"):
         del model.keys[key]
     for regime in ("short", "long"):
-        del model.keys[f"phi3small.rope.scaling.attn_factor_{regime}"], model.tensors[f"rope_factors_{regime}.weight"]
+        del model.keys[f"phiquant.rope.attention_factor_{regime}"], model.tensors[f"rope_factors_{regime}.weight"]
     found = model.load(tmp_path)
     assert (found.name, found.original_context_length) == ("model", 131072)
     assert found.rotary == arch.Rotary(16, 1e6, 131072)
 
 
 def test_absent_attention_factors_are_derived_from_the_lengths(model: Model, tmp_path: Path) -> None:
-    del model.keys["phi3small.rope.scaling.attn_factor_short"], model.keys["phi3small.rope.scaling.attn_factor_long"]
+    del model.keys["phiquant.rope.attention_factor_short"], model.keys["phiquant.rope.attention_factor_long"]
     found = model.load(tmp_path)
     expected = math.sqrt(1 + math.log(16) / math.log(8192))
     assert found.rope_attention_factor_short == found.rope_attention_factor_long == pytest.approx(expected)
 
 
-OPTIONAL = ("general.name", "original_context_length", "dimension_count", "attn_factor")
+OPTIONAL = ("general.name", "original_context_length", "dimension_count", "attention_factor")
 
 
 @pytest.mark.parametrize("key", [key for key in Model().keys if not any(name in key for name in OPTIONAL)])
@@ -170,12 +170,17 @@ def test_a_missing_key_is_named(model: Model, tmp_path: Path, key: str) -> None:
         ("attention.block_sparse.layers", [True, False], None),
         ("attention.block_sparse.layers", [1, 0, 1], None),
         ("attention.block_sparse.layers", True, gguf.GGUFValueType.BOOL),
-        ("rope.scaling.attn_factor_long", 1e9, F32),
     ],
 )
 def test_an_impossible_value_is_named(model: Model, tmp_path: Path, key: str, value: Any, kind: Any) -> None:
     model.keys[f"phi3small.{key}"] = (value, kind)
     with pytest.raises(GGUFError, match=f"'phi3small.{key}'"):
+        model.load(tmp_path)
+
+
+def test_an_impossible_factor_is_named(model: Model, tmp_path: Path) -> None:
+    model.keys["phiquant.rope.attention_factor_long"] = (1e9, F32)
+    with pytest.raises(GGUFError, match=r"'phiquant\.rope\.attention_factor_long'"):
         model.load(tmp_path)
 
 

@@ -97,8 +97,8 @@ def test_what_config_json_leaves_out_is_that_of_the_class() -> None:
 def test_phi_3_small_128k_has_a_factor_for_each_regime() -> None:
     found = keys({**SMALL, **LONG})
     assert found["rope.scaling.original_context_length"] == 8192
-    assert found["rope.scaling.attn_factor_short"] == 1.1
-    assert found["rope.scaling.attn_factor_long"] == 1.2
+    assert found["phiquant.rope.attention_factor_short"] == 1.1
+    assert found["phiquant.rope.attention_factor_long"] == 1.2
     inside = {**LONG["rope_scaling"], "original_max_position_embeddings": 8192}  # type: ignore[dict-item]
     assert keys({**SMALL, **LONG, "rope_scaling": inside}).keys() == found.keys()
     made = Settings.from_config({**SMALL, **LONG}).constants()
@@ -109,8 +109,8 @@ def test_without_mscales_the_factor_is_derived() -> None:
     scaling = {k: v for k, v in LONG["rope_scaling"].items() if "mscale" not in k}  # type: ignore[attr-defined]
     found = keys({**SMALL, **LONG, "rope_scaling": scaling})
     assert (
-        found["rope.scaling.attn_factor_short"]
-        == found["rope.scaling.attn_factor_long"]
+        found["phiquant.rope.attention_factor_short"]
+        == found["phiquant.rope.attention_factor_long"]
         == pytest.approx(math.sqrt(17 / 13))
     )
 

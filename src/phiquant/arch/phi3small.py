@@ -28,7 +28,7 @@ from phiquant.arch.reading import (
     Reading,
     attention_factor,
 )
-from phiquant.gguf import GGUFFile
+from phiquant.gguf import GGUFFile, keys
 from phiquant.gguf.keys import ArchitectureKeys, Phi3SmallKeys
 
 __all__ = ["Phi3SmallConfig"]
@@ -115,10 +115,10 @@ class Phi3SmallConfig:
             rope_factors_short=short,
             rope_factors_long=long,
             rope_attention_factor_short=r.positive(
-                KEYS.rope_scaling_attn_factor_short, MAX_ATTENTION_FACTOR, default=derived
+                keys.ROPE_ATTENTION_FACTOR_SHORT, MAX_ATTENTION_FACTOR, default=derived
             ),
             rope_attention_factor_long=r.positive(
-                KEYS.rope_scaling_attn_factor_long, MAX_ATTENTION_FACTOR, default=derived
+                keys.ROPE_ATTENTION_FACTOR_LONG, MAX_ATTENTION_FACTOR, default=derived
             ),
         )
         r.check_tensors(dict(config.tensor_shapes()))

@@ -109,7 +109,7 @@ class Settings:
         )
 
     def entries(self) -> list[Entry]:
-        """The keys `phi3small.*`."""
+        """The keys `phi3small.*`, and what multiplies cosine and sine."""
         key, own = keys.ArchitectureKeys(self.architecture), keys.Phi3SmallKeys(self.architecture)
         entries = [
             uint32(key.context_length, self.context),
@@ -132,8 +132,8 @@ class Settings:
             Entry(own.layers, ValueType.ARRAY, np.array(self.sparse_layers, np.bool_), ValueType.BOOL),
         ]
         for name, factor in (
-            (key.rope_scaling_attn_factor_short, self.attention_factor_short),
-            (key.rope_scaling_attn_factor_long, self.attention_factor_long),
+            (keys.ROPE_ATTENTION_FACTOR_SHORT, self.attention_factor_short),
+            (keys.ROPE_ATTENTION_FACTOR_LONG, self.attention_factor_long),
         ):
             if factor is not None:
                 entries.append(float32(name, factor))

@@ -148,9 +148,6 @@ class ArchitectureKeys:
         self.rope_scaling_factor: Final = f"{a}.rope.scaling.factor"
         self.rope_scaling_attn_factor: Final = f"{a}.rope.scaling.attn_factor"
         self.rope_scaling_original_context_length: Final = f"{a}.rope.scaling.original_context_length"
-        # Where the factor is not the same under LongRoPE's short and long factors.
-        self.rope_scaling_attn_factor_short: Final = f"{a}.rope.scaling.attn_factor_short"
-        self.rope_scaling_attn_factor_long: Final = f"{a}.rope.scaling.attn_factor_long"
 
 
 def base_model(index: int, what: str) -> str:
