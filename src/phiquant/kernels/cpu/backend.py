@@ -229,7 +229,15 @@ class _Binder:
             case ops.Attention():
                 return [
                     attention.bind(
-                        at["q"], at["out"], self.tables, self.header, self.cache, op.layer, self.shared, self.threads
+                        at["q"],
+                        at["out"],
+                        self.tables,
+                        self.header,
+                        self.cache,
+                        op.layer,
+                        self.shared,
+                        self.threads,
+                        sparse=op.sparse,
                     )
                 ]
             case ops.SwiGLU() | ops.GELU() | ops.GeGELU():
