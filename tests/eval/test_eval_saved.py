@@ -33,7 +33,7 @@ def packed_by_hand(row: np.ndarray) -> bytes:
     total = sum(float(np.exp(f(x - top))) for x in row)
     scale = f(f(top - floor) / f(65535))
     inverse = f(f(1) / scale)
-    quants = [round(float(inverse) * float(f(x - floor))) if x > floor else 0 for x in row]
+    quants = [round(float(inverse * f(x - floor))) if x > floor else 0 for x in row]
     lowest = f(f(floor - top) - f(np.log(total)))
     return struct.pack(f"<ff{VOCABULARY + 1}H", scale, lowest, *quants, 0)
 

@@ -63,15 +63,16 @@ def ours(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def tool() -> Callable[..., str]:
+def tool() -> Callable[..., tuple[str, str]]:
     if not TOOL.exists():
         pytest.skip(f"llama-perplexity is not built at {TOOL}; `make bench-speed` builds it")
 
-    def call(*arguments: str | Path) -> str:
+    def call(*arguments: str | Path) -> tuple[str, str]:
+        """What it prints, and what it logs."""
         command = [TOOL, "-t", "2", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout + done.stderr
+        return done.stdout, done.stderr
 
     return call
 
@@ -118,7 +119,7 @@ def test_strided_perplexity_by_the_procedure_over_its_logits(files: dict[str, Pa
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_the_tool_finds_the_same_perplexity(name: str, files: dict[str, Path], ours: Any, tool: Any) -> None:
     found = ours("-m", files[name], "-f", PAGE, "-c", SIZE)
-    said = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", tool("-m", files[name], "-f", PAGE, "-c", SIZE))
+    said = re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", tool("-m", files[name], "-f", PAGE, "-c", SIZE)[1])
     assert said is not None
     assert found["perplexity"]["value"] == pytest.approx(float(said[1]), rel=TOLERANCE[name])
     assert found["perplexity"]["error"] == pytest.approx(float(said[2]), rel=2 * TOLERANCE[name])
@@ -126,7 +127,7 @@ def test_the_tool_finds_the_same_perplexity(name: str, files: dict[str, Path], o
 
 def test_the_tool_finds_the_same_in_strides(files: dict[str, Path], ours: Any, tool: Any) -> None:
     arguments = ("-m", files["F32"], "-f", PAGE, "-c", 128, "-b", 128, "--ppl-stride", 64)
-    found, said = ours(*arguments), re.findall(r"\[(\d+)\]([\d.]+),", tool(*arguments))
+    found, said = ours(*arguments), re.findall(r"\[(\d+)\]([\d.]+),", tool(*arguments)[0])
     assert int(said[-1][0]) == found["windows"]
     assert found["perplexity"]["value"] == pytest.approx(float(said[-1][1]), rel=TOLERANCE["F32"])
 
@@ -157,7 +158,7 @@ def test_saved_logits_go_both_ways(
         capsys.readouterr()
         assert run(["perplexity", *map(str, arguments)]) == 0
         found["ours", name] = statistics(capsys.readouterr().out)
-        found["theirs", name] = statistics(tool(*arguments, "-c", SIZE))
+        found["theirs", name] = statistics(tool(*arguments, "-c", SIZE)[0])
     for reader in ("ours", "theirs"):
         one, two = found[reader, "ours"], found[reader, "theirs"]
         assert one.keys() == two.keys() == found["ours", "ours"].keys()

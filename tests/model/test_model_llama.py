@@ -1,4 +1,4 @@
-"""The recorded Program of a Llama: operations in order, the order of rotated rows, split and fused projections."""
+"""The recorded Program of a Llama: operations in order, the rotation of neighbours, split and fused projections."""
 
 from dataclasses import replace
 
@@ -12,8 +12,6 @@ from phiquant.kernels import ops
 from phiquant.kernels.ops import Weight
 from phiquant.kernels.reference import ReferenceBackend
 from phiquant.model import Regime, Rope, record
-from phiquant.model.llama import halves_apart
-from phiquant.quants import dequantize, quantize
 
 CONFIG = LlamaConfig(
     name="test",
@@ -38,6 +36,7 @@ CONFIG = LlamaConfig(
     rope_factors_short=None,
     rope_factors_long=None,
 )
+OPERATIONS = (ops.RotateStore, ops.Attention)
 BIASED = replace(CONFIG, qkv_bias=True, output_bias=True, ffn_bias=True)
 
 
@@ -67,7 +66,7 @@ def test_operations_in_order() -> None:
     program = record(CONFIG, made(CONFIG))
     assert [type(o).__name__ for o in program.operations] == ["Embed", *block, *block, "Select", "RMSNorm", "MatMul"]
     assert all(o.bias is None for o in program.operations if isinstance(o, ops.MatMul))
-    assert program.attention == ops.AttentionShape(4, 2, 16, 16, 0.25, 0)
+    assert program.attention == ops.AttentionShape(4, 2, 16, 16, 0.25, 0, neighbours=True)
 
 
 def test_biases_where_there_are_any() -> None:
@@ -88,39 +87,30 @@ def test_a_window_counts_when_it_is_shorter_than_the_context(window: int, expect
     assert record(c, made(c)).attention.window == expected
 
 
-@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.Q4_K, GGMLType.Q8_0])
-def test_rows_of_pairs_become_rows_of_halves(kind: GGMLType) -> None:
-    """Three heads of 6 rows, the third of them one that is not rotated."""
-    values = np.random.default_rng(1).normal(size=(18, 256)).astype(np.float32)
-    weight = Weight("w", kind, values.shape, quantize(values, kind).reshape(-1).view(np.uint8))
-    before = dequantize(weight.data, kind, weight.shape)
-    after = dequantize(halves_apart(weight, 2, 6).data, kind, weight.shape)
-    assert np.array_equal(after, before[[0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11, *range(12, 18)]])
-
-
-def test_a_bias_moves_with_its_rows() -> None:
-    values = np.arange(12, dtype="<f4")
-    bias = halves_apart(Weight("b", GGMLType.F32, (12,), values.view(np.uint8)), 2, 6)
-    assert bias.data.view("<f4").tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
-    assert not bias.data.flags.writeable
-
-
 def test_neighbouring_rows_are_rotated_together() -> None:
-    """The attention scores of one head are those of complex numbers made of rows 2i and 2i + 1."""
-    rng, size = np.random.default_rng(2), 8
-    rows = rng.normal(size=(2, size))  # of a query at position 5 and a key at 3
-    angle = 10000.0 ** (-np.arange(4) / 4)
-    q, k = (row[0::2] + 1j * row[1::2] for row in rows)
-    expected = (q * np.exp(5j * angle) * np.conj(k * np.exp(3j * angle))).real.sum()
-    halves = [
-        halves_apart(Weight("w", GGMLType.F32, (size, 1), row.astype("<f4").view(np.uint8)), 1, size).data.view("<f4")
-        for row in rows
-    ]
-    turned = []
-    for half, position in zip(halves, (5, 3), strict=True):
-        c, s = np.cos(position * angle), np.sin(position * angle)
-        turned.append(np.concatenate([half[:4] * c - half[4:] * s, half[4:] * c + half[:4] * s]))
-    assert abs(turned[0] @ turned[1] - expected) < 1e-5
+    """The attention scores of one head are those of complex numbers made of channels 2i and 2i + 1."""
+    shape = replace(CONFIG, head_count=1, head_count_kv=1, embedding_length=16, block_count=1)
+    weights = made(shape)
+    program = record(shape, weights)
+    rotate, attend = (next(o for o in program.operations if isinstance(o, kind)) for kind in OPERATIONS)
+    cut = replace(program, operations=program.operations[: program.operations.index(attend) + 1], logits=attend.out)
+    positions = np.arange(20, dtype=np.int32)
+    cos, sin = Rope(shape.rotary).rotation(positions, Regime.SHORT)
+    step = ops.Step(
+        positions * 3 % 100, positions, np.zeros(20, np.int32), np.zeros((1, 1), np.int32), cos, sin, positions
+    )
+    attended = ReferenceBackend().prepare(cut, ops.Capacity(tokens=20, cache_type=GGMLType.F32)).run(step)
+
+    assert rotate.layer == 0
+    matrix = {name: w.data.view("<f4").reshape(w.shape).astype(np.float64) for name, w in weights.items()}
+    x = matrix["token_embd.weight"][step.tokens]
+    x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-5)
+    q, k, v = (x * matrix["blk.0.attn_norm.weight"] @ matrix[f"blk.0.attn_{part}.weight"].T for part in "qkv")
+    turn = np.exp(1j * positions[:, None] * 10000.0 ** (-np.arange(8) / 8))
+    q, k = ((y[:, 0::2] + 1j * y[:, 1::2]) * turn for y in (q, k))
+    scores = np.where(np.tri(20, dtype=bool), (q @ np.conj(k).T).real / 4, -np.inf)
+    chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+    assert np.abs(attended - chances / chances.sum(axis=1, keepdims=True) @ v).max() < 1e-5
 
 
 def test_the_fused_projection_gives_the_same() -> None:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 
 MOST_KL = {"f16": 1e-6, "f32": 1e-9}  # by the type of the cache
 CLOSE = 0.01  # in log-probability
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ from phiquant import LLM
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
-BACKENDS = ("reference",)  # of the architectures besides Phi-3
+BACKENDS = ("reference", "cpu")  # of the architectures besides Phi-3
 
 
 def divergence(difference: np.ndarray) -> float:

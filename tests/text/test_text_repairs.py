@@ -7,7 +7,7 @@ import pytest
 
 from phiquant.errors import RequestError
 from phiquant.text import ChatTemplate
-from phiquant.text.repairs import NOTE, SYSTEM, reads_tools_from_system, rearrange
+from phiquant.text.repairs import NOTE, SYSTEM, read_calls, reads_tools_from_system, rearrange
 from phiquant.text.template import known_templates
 
 MINI = known_templates()["Phi-4-mini-instruct"]
@@ -86,11 +86,16 @@ def test_the_reasoning_variant_keeps_its_own_first_words() -> None:
             None,
             "arguments of a call to 'f' are not JSON",
         ),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "[" * 100_000}]}],
+            None,
+            "arguments of a call to 'f' are not JSON",
+        ),
     ],
 )
 def test_malformed_tools_are_refused(messages: list[dict[str, Any]], tools: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        rearrange(messages, tools)
+        rearrange([read_calls(message) for message in messages], tools)
 
 
 def test_tools_that_a_template_would_leave_out_are_refused() -> None:

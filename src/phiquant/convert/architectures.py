@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 
-from phiquant.convert import llama, phi2, phi3, phimoe
+from phiquant.convert import llama, phi2, phi3, phi3small, phimoe
 from phiquant.convert.assembly import Assembly
 from phiquant.convert.entries import Entry
 from phiquant.convert.safetensors import StoredTensor
@@ -37,6 +37,7 @@ class Settings(Protocol):
 CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Settings]]] = MappingProxyType(
     {
         "Phi3ForCausalLM": phi3.Settings.from_config,
+        "Phi3SmallForCausalLM": phi3small.Settings.from_config,
         "PhiForCausalLM": phi2.Settings.from_config,
         "MixFormerSequentialForCausalLM": phi2.Settings.from_config,
         "LlamaForCausalLM": llama.Settings.from_config,
@@ -50,6 +51,7 @@ CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Settings]]] = MappingP
 _MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "phi3": "Phi3ForCausalLM",
+        "phi3small": "Phi3SmallForCausalLM",
         "phimoe": "PhiMoEForCausalLM",
         "llama": "LlamaForCausalLM",
         "mistral": "MistralForCausalLM",

@@ -13,6 +13,7 @@ import phiquant
 from phiquant.convert import hub
 from phiquant.convert.architectures import settings_of
 from phiquant.convert.checkpoint import Checkpoint
+from phiquant.convert.dummies import without_dummies
 from phiquant.convert.entries import Entry, check_entries, string, uint32
 from phiquant.convert.metadata import general_metadata, model_name, read_model_card, size_label
 from phiquant.convert.positioned import PositionedFile
@@ -120,7 +121,9 @@ class CheckpointSource(Source):
             ]
             self._constants = {name: values.reshape(-1).view(np.uint8) for name, values in constants.items()}
             files = TokenizerFiles.read(directory, checkpoint.config)
-            self._tokenizer = tokenizer_keys(files, self._settings.vocab_size)
+            self._tokenizer = without_dummies(
+                tokenizer_keys(files, self._settings.vocab_size), checkpoint.config, self._settings.vocab_size
+            )
             self._general = self._describe(strips=strips_whitespace(files))
             check_entries([*self._general, *self._tokenizer], str(directory))
         except BaseException:
@@ -164,8 +167,7 @@ class CheckpointSource(Source):
         if constant is not None:
             target[:] = constant[begin : begin + target.size]
             return
-        for stored, first, place, size in self._assembled[tensor].spans(begin, target.size):
-            self._checkpoint.read_into(stored, first, target[place : place + size])
+        self._assembled[tensor].read_into(self._checkpoint.read_into, begin, target)
 
     def close(self) -> None:
         """See `Source`."""

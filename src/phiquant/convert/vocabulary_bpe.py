@@ -8,6 +8,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,11 @@ def _merges_of(ranks: Mapping[bytes, int]) -> list[str]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            pairs = (ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1))
-            best, at = min((better, i) for i, better in enumerate(pairs))
+            better = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+            best = min(better)
             if best >= rank:
                 break
+            at = better.index(best)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
             merges.append(" ".join(map(alphabet.spell, parts)))

@@ -215,7 +215,7 @@ def pack(logits: NDArray[np.float32]) -> NDArray[np.void]:
         floor = max(least logit, likeliest - 16)      scale = (likeliest - floor) / 65535
         q     = round((logit - floor) / scale)        lowest = floor - likeliest - ln Σ exp(logit - likeliest)
 
-    In float32, but for the sum and the rounding of q, as in llama.cpp.
+    In float32 but for the sum, as in llama.cpp, whose q are the same from the same logits.
     """
     rows, vocabulary = logits.shape
     top = logits.max(axis=1)
@@ -227,7 +227,7 @@ def pack(logits: NDArray[np.float32]) -> NDArray[np.void]:
     made["lowest"] = floor - top - log_sum
     scale = made["scale"][:, None]
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    above = np.maximum(logits - floor[:, None], 0)
-    # The product of two float32 is exact in float64: it is rounded once, as by a fused multiplication and addition.
-    made["q"][:, :vocabulary] = np.rint(above.astype(np.float64) * inverse)
+    steps = np.maximum(logits - floor[:, None], 0)
+    steps *= inverse
+    made["q"][:, :vocabulary] = np.rint(steps, out=steps)
     return made

@@ -139,6 +139,9 @@ class ArchitectureKeys:
         self.layer_norm_epsilon: Final = f"{a}.attention.layer_norm_epsilon"
         self.layer_norm_rms_epsilon: Final = f"{a}.attention.layer_norm_rms_epsilon"
         self.sliding_window: Final = f"{a}.attention.sliding_window"
+        self.attention_scale: Final = f"{a}.attention.scale"
+        self.embedding_scale: Final = f"{a}.embedding_scale"
+        self.logit_scale: Final = f"{a}.logit_scale"
         self.rope_dimension_count: Final = f"{a}.rope.dimension_count"
         self.rope_freq_base: Final = f"{a}.rope.freq_base"
         self.rope_scaling_type: Final = f"{a}.rope.scaling.type"
@@ -160,3 +163,15 @@ def dataset(index: int, what: str) -> str:
 def chat_template(name: str) -> str:
     """The key of a further chat template; `CHAT_TEMPLATES` lists their names."""
     return f"tokenizer.chat_template.{name}"
+
+
+class Phi3SmallKeys:
+    """The keys of Phi-3-small alone: what a query sees in its sparse layers, and the limit of its gate."""
+
+    def __init__(self, architecture: str) -> None:
+        a = architecture
+        self.block_size: Final = f"{a}.attention.block_sparse.block_size"
+        self.local_blocks: Final = f"{a}.attention.block_sparse.local_blocks"
+        self.vertical_stride: Final = f"{a}.attention.block_sparse.vertical_stride"
+        self.layers: Final = f"{a}.attention.block_sparse.layers"
+        self.gate_limit: Final = f"{a}.feed_forward.gate_limit"

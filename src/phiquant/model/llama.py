@@ -1,17 +1,16 @@
 """The forward pass of Phi checkpoints that were rewritten as Llama or Mistral.
 
 Pre-norm blocks: grouped-query attention over rotated heads, then a gated feed-forward network, each added to the
-residual stream `x`, which stays in float32.
+residual stream `x`, which stays in float32. GGUF's architecture llama has the rows of queries and keys in an order that
+rotates neighbours with one another; scores are sums over channels, so that they can stay in it.
 """
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from phiquant.arch import LlamaConfig, names
 from phiquant.kernels.ops import AttentionShape, Buffer, Program, Recorder, Weight
 
-__all__ = ["halves_apart", "record"]
+__all__ = ["record"]
 
 
 def record(config: LlamaConfig, weights: Mapping[str, Weight]) -> Program:
@@ -23,6 +22,7 @@ def record(config: LlamaConfig, weights: Mapping[str, Weight]) -> Program:
         rotary=config.head_size,
         scale=config.head_size**-0.5,
         window=config.sliding_window if config.sliding_window < config.context_length else 0,
+        neighbours=True,
     )
     epsilon, hidden = config.rms_epsilon, config.feed_forward_length
     r = Recorder(shape, config.block_count)
@@ -37,23 +37,18 @@ def record(config: LlamaConfig, weights: Mapping[str, Weight]) -> Program:
     last_normed = r.buffer("last_normed", config.embedding_length, "outputs")
     logits = r.buffer("logits", config.vocab_size, "outputs")
 
-    def matmul(name: str, source: Buffer, out: Buffer, *, rotated: int = 0, add: bool = False) -> None:
-        """`rotated`: heads of which the first rows consist."""
-        weight, bias = weights[name], weights.get(names.bias(name))
-        if rotated:
-            weight = halves_apart(weight, rotated, config.head_size)
-            bias = None if bias is None else halves_apart(bias, rotated, config.head_size)
-        r.matmul(weight, source, out, add=add, bias=bias)
+    def matmul(name: str, source: Buffer, out: Buffer, *, add: bool = False) -> None:
+        r.matmul(weights[name], source, out, add=add, bias=weights.get(names.bias(name)))
 
     r.embed(weights[names.TOKEN_EMBD], x)
     for block in range(config.block_count):
         r.rms_norm(x, weights[names.attn_norm(block)], epsilon, normed)
         if config.fused:
-            matmul(names.attn_qkv(block), normed, qkv, rotated=shape.heads + shape.kv_heads)
+            matmul(names.attn_qkv(block), normed, qkv)
         else:
             first = shape.q_width
-            matmul(names.attn_q(block), normed, qkv.columns(0, first), rotated=shape.heads)
-            matmul(names.attn_k(block), normed, qkv.columns(first, shape.kv_width), rotated=shape.kv_heads)
+            matmul(names.attn_q(block), normed, qkv.columns(0, first))
+            matmul(names.attn_k(block), normed, qkv.columns(first, shape.kv_width))
             matmul(names.attn_v(block), normed, qkv.columns(first + shape.kv_width, shape.kv_width))
         r.rotate_store(qkv, block, q)
         r.attention(q, block, attended)
@@ -67,19 +62,3 @@ def record(config: LlamaConfig, weights: Mapping[str, Weight]) -> Program:
     r.rms_norm(last, weights[names.OUTPUT_NORM], epsilon, last_normed)
     r.matmul(weights[names.TOKEN_EMBD if config.tied else names.OUTPUT], last_normed, logits)
     return r.finish(logits)
-
-
-def halves_apart(weight: Weight, heads: int, size: int) -> Weight:
-    """A copy whose first `heads` * `size` rows are in the order of RotateStore: of a head the even rows, then the odd.
-
-    GGUF's architecture llama rotates row 2i of a head with row 2i + 1, RotateStore row i with i + `size` / 2. Whole
-    rows change places, so quantized ones stay what they are.
-    """
-    rows = weight.shape[0]
-    data = weight.data.reshape(rows, -1)
-    moved = np.empty_like(data)
-    first = heads * size
-    moved[:first].reshape(heads, 2, size // 2, -1)[:] = data[:first].reshape(heads, size // 2, 2, -1).swapaxes(1, 2)
-    moved[first:] = data[first:]
-    moved.flags.writeable = False
-    return Weight(weight.name, weight.type, weight.shape, moved.reshape(-1))

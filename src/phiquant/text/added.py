@@ -14,7 +14,6 @@ from typing import Any
 
 from phiquant.errors import TokenizerError
 from phiquant.gguf import keys
-from phiquant.text import published
 from phiquant.text.vocabulary import TokenType, Vocabulary
 
 ADDED_TOKENS_KEY = keys.ADDED_TOKENS
@@ -112,6 +111,8 @@ def default_added_tokens(vocabulary: Vocabulary) -> list[AddedToken]:
 
     Which is which is told by the tokens (`published.py`), whatever `general.name` says.
     """
+    from phiquant.text import published
+
     known = published.recognize(vocabulary.tokens)
     padding = set(vocabulary.padding())
     found = []

@@ -22,8 +22,8 @@ from phiquant.errors import RequestError
 
 SYSTEM = "You are a helpful assistant with some tools."
 
-_KEY = re.compile(r"""(['"])tools\1\s+in\s+message\b|\bmessage\s*\[\s*(['"])tools\2\s*\]|\bmessage\.tools\b""")
-_ANY = re.compile(r"\btools\b")
+_KEY = r"""(['"])tools\1\s+in\s+message\b|\bmessage\s*\[\s*(['"])tools\2\s*\]|\bmessage\.tools\b"""
+_ANY = r"\btools\b"
 _LONGEST = 1 << 16  # characters; no template of this family is that long
 
 NOTE = (
@@ -36,17 +36,29 @@ def reads_tools_from_system(source: str) -> bool:
     """Whether a template is of Phi-4-mini's kind."""
     if len(source) > _LONGEST or "<|tool|>" not in source:
         return False
-    without = _KEY.sub("", source)
-    return without != source and not _ANY.search(without)
+    without = re.sub(_KEY, "", source)
+    return without != source and not re.search(_ANY, without)
 
 
 def mentions_tools(source: str) -> bool:
     """Whether a template can show tools at all."""
-    return _ANY.search(source) is not None
+    return re.search(_ANY, source) is not None
 
 
-def rearrange(messages: Sequence[dict[str, Any]], tools: object) -> list[dict[str, Any]]:
-    """The conversation as a template of Phi-4-mini's kind reads it; `tools` as in OpenAI's requests, or nothing."""
+def read_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its tool calls as names and arguments; arguments that are JSON in a string, as OpenAI's, are read.
+
+    Raises RequestError for calls that are none.
+    """
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_call(call) for call in _listed(calls)]} if calls else dict(message)
+
+
+def rearrange(messages: Sequence[Mapping[str, Any]], tools: object) -> list[dict[str, Any]]:
+    """The conversation as a template of Phi-4-mini's kind reads it.
+
+    messages: with calls as `read_calls` leaves them. tools: as in OpenAI's requests, or nothing.
+    """
     found = [_message(message) for message in messages]
     if not tools:
         return found
@@ -61,12 +73,11 @@ def rearrange(messages: Sequence[dict[str, Any]], tools: object) -> list[dict[st
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
     if message["role"] == "tool":
         return {**message, "role": "tool_response"}
-    if not calls:
+    if not message.get("tool_calls"):
         return dict(message)
-    text = json.dumps([_call(call) for call in _listed(calls)], ensure_ascii=False)
+    text = json.dumps(message["tool_calls"], ensure_ascii=False)
     return {**message, "content": f"{message.get('content') or ''}<|tool_call|>{text}<|/tool_call|>"}
 
 
@@ -81,8 +92,7 @@ def _function(tool: object) -> object:
     return tool["function"] if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) else tool
 
 
-def _call(call: object) -> object:
-    """Name and arguments of a call; arguments that come as a string of JSON, as OpenAI's do, are read."""
+def _call(call: object) -> dict[str, Any]:
     function = _function(call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError("a tool call needs a function with a name")
@@ -90,6 +100,6 @@ def _call(call: object) -> object:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"the arguments of a call to {function['name']!r} are not JSON: {error}") from error
     return {"name": function["name"], "arguments": arguments}

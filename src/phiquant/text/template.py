@@ -53,7 +53,7 @@ class ChatTemplate:
         """What is known to be wrong with the template and how it is repaired, one sentence each."""
         notes = [repairs.NOTE] if self._reads_tools_from_system else []
         if self._known_name in LEAVES_SYSTEM_OUT:
-            notes.append("the chat template leaves out system messages, which the model was not trained with")
+            notes.append("the chat template leaves out system messages, as it was published")
         return tuple(notes)
 
     @property
@@ -80,22 +80,32 @@ class ChatTemplate:
         Raises RequestError for malformed messages, and for tools that the template would leave out; TemplateError when
         the template fails, refuses the conversation, or takes more than 2 seconds or 64 MiB.
         """
+        return self.render_read(self.read(messages), add_generation_prompt, **extra)
+
+    def read(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages, checked; what a repair has to read, such as the JSON in tool calls, is read.
+
+        The first half of `render`. What is hidden from a template (`chat.Mask`) must be hidden between the two: reading
+        JSON can bring out texts that its escapes kept from sight.
+        """
+        checked = [_checked(message, at) for at, message in enumerate(messages)]
+        _refuse_what_is_not_json(checked)
+        return [repairs.read_calls(message) for message in checked] if self._reads_tools_from_system else checked
+
+    def render_read(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
+        """The second half of `render`, for what `read` gives."""
         if extra.get("tools") and not self.takes_tools:
             raise RequestError("the model's chat template has no place for tools; describe them in a message instead")
-        checked = [_checked(message, at) for at, message in enumerate(messages)]
+        _refuse_what_is_not_json(extra)
         if self._reads_tools_from_system:
-            checked = repairs.rearrange(checked, extra.pop("tools", None))
+            messages = repairs.rearrange(messages, extra.pop("tools", None))
         context = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             **extra,
-            "messages": checked,
+            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
-        try:
-            json.dumps(context)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"messages and template variables must be what JSON can express: {error}") from error
         if not self.is_known:
             from phiquant.text.sandbox import shared
 
@@ -104,6 +114,13 @@ class ChatTemplate:
             return _compiled(self.source).render(**context)
         except Exception as error:  # an expression can raise anything: TypeError for a content of None
             raise TemplateError(f"the chat template failed: {explain(error)}") from error
+
+
+def _refuse_what_is_not_json(value: object) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"messages and template variables must be what JSON can express: {error}") from error
 
 
 def _checked(message: Message, at: int) -> dict[str, Any]:

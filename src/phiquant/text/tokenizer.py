@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from phiquant.errors import RequestError, TokenError, TokenizerError
 from phiquant.gguf import keys
-from phiquant.text import published
 from phiquant.text.added import (
     ADDED_TOKENS_KEY,
     AddedToken,
@@ -35,7 +34,6 @@ from phiquant.text.added import (
     default_added_tokens,
     spans,
 )
-from phiquant.text.bytelevel import ByteLevelEncoder
 from phiquant.text.detokenizer import Detokenizer
 from phiquant.text.pieces import PieceEncoder
 from phiquant.text.template import ChatTemplate
@@ -84,6 +82,8 @@ class Tokenizer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the file does not say and was assumed, and what was repaired in its template; one sentence each."""
+        from phiquant.text import published
+
         notes = list(self.vocabulary.notes)
         known = published.recognize(self.vocabulary.tokens) if self._assumed else None
         if known is not None:
@@ -224,8 +224,11 @@ class Tokenizer:
 
     @cached_property
     def _encoder(self) -> WordEncoder:
-        kind = PieceEncoder if self.vocabulary.model == SENTENCEPIECE else ByteLevelEncoder
-        return kind(self.vocabulary)
+        if self.vocabulary.model == SENTENCEPIECE:
+            return PieceEncoder(self.vocabulary)
+        from phiquant.text.bytelevel import ByteLevelEncoder  # half of the vocabularies never need it
+
+        return ByteLevelEncoder(self.vocabulary)
 
     @cached_property
     def _matchers(self) -> tuple[Matcher, Matcher]:

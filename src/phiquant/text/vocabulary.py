@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from phiquant.errors import TokenizerError, UnsupportedError
 from phiquant.gguf import keys
-from phiquant.text import pretokenizers
 
 PREFIX = "tokenizer.ggml."
 SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"  # values of tokenizer.ggml.model
@@ -158,6 +157,8 @@ def _sentencepiece(metadata: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
+    from phiquant.text import pretokenizers
+
     merges = metadata.get(PREFIX + "merges")
     if merges is None:
         raise TokenizerError("the file lacks tokenizer.ggml.merges, which its vocabulary needs; convert it again")

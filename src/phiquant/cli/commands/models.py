@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import CACHE_TYPES, Json, Quiet
+from .options import CACHE_TYPES, BFloatDot, Json, Quiet
 
 __all__ = ["bench", "doctor", "run"]
 
@@ -61,6 +61,7 @@ def run(
         bool,
         Option("--pack/--no-pack", help="Bring weights into the fastest form, or run from the mapped file itself."),
     ] = True,
+    bf16_dot: BFloatDot = False,
     temp: Annotated[
         float, Option("--temp", "--temperature", metavar="T", min=0, help="Randomness; 0: always the likeliest token.")
     ] = 0.8,
@@ -110,6 +111,7 @@ def run(
         speculate=speculate,
         draft_model=draft_model,
         pack=pack,
+        bf16_dot=bf16_dot,
         temperature=temp,
         top_k=top_k,
         top_p=top_p,
@@ -140,7 +142,14 @@ def bench(
         list[str] | None, Option("-pg", metavar="PROMPT,GENERATED", help="A test of both, one after the other.")
     ] = None,
     n_depth: Annotated[
-        list[str] | None, Option("--n-depth", "-d", metavar="N,...", help="Tokens that are there before, not timed.")
+        list[str] | None,
+        Option(
+            "--n-depth",
+            "-d",
+            metavar="N,...",
+            help="Tokens that are there before, not timed. Generating across the border of LongRoPE includes that all "
+            "of them are computed again there.",
+        ),
     ] = None,
     batch_size: Annotated[
         list[str] | None, Option("--batch-size", "-b", metavar="N,...", help="Most tokens of a step.")
@@ -152,6 +161,7 @@ def bench(
         list[str] | None,
         Option("--kv-type", "--cache-type", "-ctk", metavar="TYPE,...", help=f"Of the key-value cache: {CACHE_TYPES}."),
     ] = None,
+    bf16_dot: BFloatDot = False,
     ctx_size: Annotated[
         int, Option("--ctx-size", "-c", metavar="N", min=0, help="Context; by default what the tests need.")
     ] = 0,
@@ -184,6 +194,7 @@ def bench(
             batch_size=batch_size or (),
             threads=threads or (),
             kv_type=kv_type or (),
+            bf16_dot=bf16_dot,
             ctx_size=ctx_size,
             repetitions=repetitions,
             output=output,

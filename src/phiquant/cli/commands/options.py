@@ -6,6 +6,7 @@ from typer import Option
 
 __all__ = [
     "CACHE_TYPES",
+    "BFloatDot",
     "Json",
     "KeepNan",
     "MaxMemory",
@@ -40,3 +41,11 @@ MaxMemory = Annotated[
 ]
 CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by verbs that run models alone
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
+BFloatDot = Annotated[
+    bool,
+    Option(
+        "--bf16-dot/--no-bf16-dot",
+        help="Round activations that meet BF16 weights to BF16: twice as fast on processors with AVX512_BF16, at the "
+        "price of a mean KL divergence of 1.2e-5 nats per token (measured on the bundled model).",
+    ),
+]
