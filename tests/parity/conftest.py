@@ -209,7 +209,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(family, list(models.values()), ids=list(models))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parity() -> ModuleType:
     """This module, for the tests beside it."""
     return sys.modules[__name__]

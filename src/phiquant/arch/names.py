@@ -60,6 +60,26 @@ def ffn_down(block: int) -> str:
     return f"blk.{block}.ffn_down.weight"
 
 
+def ffn_gate_inp(block: int) -> str:
+    """A block's router: it scores the experts."""
+    return f"blk.{block}.ffn_gate_inp.weight"
+
+
+def ffn_gate_exps(block: int) -> str:
+    """The gate projections of a block's experts."""
+    return f"blk.{block}.ffn_gate_exps.weight"
+
+
+def ffn_up_exps(block: int) -> str:
+    """The up projections of a block's experts."""
+    return f"blk.{block}.ffn_up_exps.weight"
+
+
+def ffn_down_exps(block: int) -> str:
+    """The projections of a block's experts back to the residual stream."""
+    return f"blk.{block}.ffn_down_exps.weight"
+
+
 def bias(weight: str) -> str:
-    """What is added to the result of a matrix, or of a norm, from the name of its weight."""
-    return weight.removesuffix("weight") + "bias"
+    """The bias that belongs to a weight of this name."""
+    return f"{weight.removesuffix('.weight')}.bias"

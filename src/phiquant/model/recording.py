@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from phiquant.arch import Config, LlamaConfig, Phi2Config, Phi3Config
+from phiquant.arch import Config, LlamaConfig, Phi2Config, Phi3Config, Phi3SmallConfig, PhiMoEConfig
 from phiquant.errors import ArchitectureError
 from phiquant.kernels.ops import Program, Weight
-from phiquant.model import llama, phi2, phi3
+from phiquant.model import llama, phi2, phi3, phi3small, phimoe
 
 __all__ = ["record"]
 
@@ -19,4 +19,8 @@ def record(config: Config, weights: Mapping[str, Weight]) -> Program:
             return phi2.record(config, weights)
         case Phi3Config():
             return phi3.record(config, weights)
+        case Phi3SmallConfig():
+            return phi3small.record(config, weights)
+        case PhiMoEConfig():
+            return phimoe.record(config, weights)
     raise ArchitectureError(f"there is no forward pass for the architecture {config.architecture}")

@@ -11,9 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import KernelError
+from ...errors import KernelError, RequestError
 from .. import ops
-from . import attention, layer_norm, library, matmul, pointwise, rms_norm, rotate_store, select_rows, sum_squares
+from . import (
+    ahead,
+    attention,
+    combine,
+    expert_matmul,
+    layer_norm,
+    library,
+    matmul,
+    pointwise,
+    rms_norm,
+    rotate_store,
+    route,
+    select_rows,
+    sum_squares,
+)
 from .cache import KVCache, StepTables
 from .embed import Embedding
 from .gegelu import gegelu
@@ -22,7 +36,8 @@ from .memory import release
 from .operation import NativeOp, Region, StepHeader, aligned
 from .pointwise import Pointwise
 from .swiglu import SWIGLU
-from .team import Team, available_threads, native_program
+from .target import host
+from .team import Team, available_threads, native_program, prepare_team
 
 __all__ = ["CpuBackend", "CpuExecutable"]
 
@@ -46,7 +61,10 @@ class CpuBackend:
 
         Raises:
             KernelError: there is no kernel for a shape or a type, or memory is short.
+            RequestError: `capacity` asks for dot products of BF16, which this processor lacks.
         """
+        if capacity.bf16_dot and not host().has_bfloat_dot:
+            raise RequestError(f"dot products of BF16 were asked for (bf16_dot), but {matmul.NO_BFLOAT_DOT}")
         report = _Report(self._progress)
         library.on_compile.append(report.compiling)
         try:
@@ -83,11 +101,15 @@ class _Report:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Of one native operation: bytes read whatever the step, multiplications per row, and which rows."""
+    """Of one native operation: bytes of its weights, multiplications per token or output, and which of them.
+
+    `spared` is the share of the weights that a token does not use: several use all but a power of it.
+    """
 
     nbytes: int
     products: int
     outputs: bool
+    spared: float = 0.0
 
 
 class _Binder:
@@ -99,26 +121,56 @@ class _Binder:
         self.header = StepHeader()
         self.tables = StepTables.of(program.attention, capacity)
         self.cache = KVCache(program.attention, program.layers, capacity)
-        rows = {"tokens": capacity.tokens, "outputs": capacity.outputs}
+        rows = {
+            "tokens": capacity.tokens,
+            "outputs": capacity.outputs,
+            "routes": capacity.tokens * program.routes,
+        }
         self.regions = {
             id(b): Region(self._rows(rows[b.rows], b.width), self.header.address(b.rows)) for b in program.buffers
         }
+        self.routes = {
+            id(op): route.Routes.of(op.logits.width, op.used, capacity.tokens, self.header.address("routes"))
+            for op in program.operations
+            if isinstance(op, ops.Route)
+        }
         self.shared = attention.scratch(self.cache, self.threads)
-        products = [op for op in program.operations if isinstance(op, ops.MatMul)]
+        products = [op for op in program.operations if isinstance(op, ops.MatMul | ops.ExpertMatMul)]
         weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
         report.total = sum(w.data.nbytes for w in weights.values())
-        self.packed = {key: self._pack(w) for key, w in weights.items()}
-        needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
+        self.packed = {
+            key: matmul.outline(w, pack_now=capacity.pack, bf16_dot=capacity.bf16_dot) for key, w in weights.items()
+        }
+        needs = [
+            matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows])
+            if isinstance(op, ops.MatMul)
+            else expert_matmul.scratch_bytes(self.packed[id(op.weight)], rows["routes"])
+            for op in products
+        ]
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
         self.buffers = aligned(max(rooms, default=0))
         self.before = _before(program)
         self.done_before = {id(op) for op in self.before.values()}
         self.rounded = _rounded(program, self.packed)
-        self.bound = [self._bind(op) for op in program.operations]
+        with ahead.compiling(self._kernels(), self.threads):
+            self.packed = {key: self._pack(w) for key, w in weights.items()}
+            self.bound = [self._bind(op) for op in program.operations]
+
+    def _kernels(self) -> list[Callable[[], object]]:
+        """What makes the kernels that will be needed, those that pack first: all is bound once for nothing."""
+        with library.asking() as asked:
+            if self.capacity.pack:
+                for packed in self.packed.values():
+                    matmul.packing_kernel(packed)
+            bound = [self._bind(op) for op in self.program.operations]
+        embeddings = [operation.compile for operation in bound if isinstance(operation, Embedding)]
+        return [*(request.make for request in asked.values()), *embeddings, prepare_team]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
-        packed = matmul.prepare(weight, threads=self.threads, pack_now=self.capacity.pack)
+        c = self.capacity
+        prepare = matmul.prepare if len(weight.shape) == 2 else expert_matmul.prepare
+        packed = prepare(weight, threads=self.threads, pack_now=c.pack, bf16_dot=c.bf16_dot)
         if not np.may_share_memory(packed.data, weight.data):
             release(weight.data)  # or the model would be in memory twice
         self.report.arranged(weight.data.nbytes)
@@ -155,12 +207,37 @@ class _Binder:
                     before=_pointwise(before) if before else None,
                     rounded=id(op) in self.rounded,
                 )
+            case ops.Route():
+                return [route.bind(at["logits"], self.routes[id(op)], op.jitter)]
+            case ops.ExpertMatMul():
+                before = self.before.get(id(op))
+                return expert_matmul.bind(
+                    self.packed[id(op.weight)],
+                    self.routes[id(op.route)],
+                    self._region(before.x) if before else at["x"],
+                    at["out"],
+                    scratch=self.scratch,
+                    threads=self.threads,
+                    buffers=self.buffers,
+                    before=_pointwise(before) if before else None,
+                    rounded=id(op) in self.rounded,
+                )
+            case ops.Combine():
+                return [combine.bind(self.routes[id(op.route)], at["x"], at["out"])]
             case ops.RotateStore():
                 return [rotate_store.bind(at["qkv"], at["q_out"], self.tables, self.cache, op.layer)]
             case ops.Attention():
                 return [
                     attention.bind(
-                        at["q"], at["out"], self.tables, self.header, self.cache, op.layer, self.shared, self.threads
+                        at["q"],
+                        at["out"],
+                        self.tables,
+                        self.header,
+                        self.cache,
+                        op.layer,
+                        self.shared,
+                        self.threads,
+                        sparse=op.sparse,
                     )
                 ]
             case ops.SwiGLU() | ops.GELU() | ops.GeGELU():
@@ -168,7 +245,8 @@ class _Binder:
             case ops.Select():
                 return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
             case ops.SumSquares():
-                return [sum_squares.bind(at["x"], op.sums, op.counts)]
+                routes = self.routes[id(op.route)] if op.route else None
+                return [sum_squares.bind(at["x"], op.sums, op.counts, routes=routes)]
         raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
 
 
@@ -194,7 +272,9 @@ def _before(program: ops.Program) -> dict[int, ops.SwiGLU | ops.GELU | ops.GeGEL
     operations = program.operations
     found = {}
     for i, (op, after) in enumerate(itertools.pairwise(operations)):
-        if isinstance(op, ops.SwiGLU | ops.GELU | ops.GeGELU) and isinstance(after, ops.MatMul) and after.x is op.out:
+        if not isinstance(op, ops.SwiGLU | ops.GELU | ops.GeGELU):
+            continue
+        if isinstance(after, ops.MatMul | ops.ExpertMatMul) and after.x is op.out:
             read = op.out is program.logits or _read(op.out, operations[i + 2 :])
             if not read and after.out.base is not op.x:  # which the multiplication then reads
                 found[id(after)] = op
@@ -216,23 +296,27 @@ def _read(buffer: ops.Buffer, operations: Sequence[ops.Operation]) -> bool:
 def _rounded(program: ops.Program, packed: Mapping[int, matmul.Packed]) -> set[int]:
     """Every matrix multiplication that finds its activations in the scratch memory as the one just before left them.
 
-    It reads the same buffer, which that one has not written, for a matrix that takes it in the same form. (What is done
-    before a multiplication yields what only that one reads, so neither of the two does that.)
+    It reads the same buffer, which that one has not written, for a matrix that takes it in the same form, and by the
+    same routes if it is one of experts. (What is done before a multiplication yields what only that one reads, so
+    neither of the two does that.)
     """
     found = set()
     for before, op in itertools.pairwise(program.operations):
-        if isinstance(before, ops.MatMul) and isinstance(op, ops.MatMul) and before.x is op.x:
-            forms = [packed[id(o.weight)].format.activations for o in (before, op)]
+        if isinstance(op, ops.MatMul | ops.ExpertMatMul) and type(before) is type(op) and before.x is op.x:
+            forms = [(packed[id(o.weight)].format.activations, getattr(o, "route", None)) for o in (before, op)]
             if forms[0] == forms[1] and before.out.base is not op.x.base:
                 found.add(id(op))
     return found
 
 
-def _cost(op: ops.Operation, natives: int) -> list[_Cost]:
-    if isinstance(op, ops.MatMul):
-        whole = _Cost(op.weight.data.nbytes, op.weight.rows * op.weight.columns, op.x.rows == "outputs")
-        return [_Cost(whole.nbytes // natives, whole.products // natives, whole.outputs)] * natives
-    widths = [b.width for b in vars(op).values() if isinstance(b, ops.Buffer)]
+def _cost(op: ops.Operation, natives: int, routes: int) -> list[_Cost]:
+    """Of each of the native operations of `op`; `routes` as in Program."""
+    if isinstance(op, ops.MatMul | ops.ExpertMatMul):
+        w, outputs = op.weight, op.x.rows == "outputs"
+        used = op.route.used if isinstance(op, ops.ExpertMatMul) else 1
+        products = w.rows * w.columns * used
+        return [_Cost(w.data.nbytes // natives, products // natives, outputs, 1 - used / w.matrices)] * natives
+    widths = [b.width * (routes if b.rows == "routes" else 1) for b in vars(op).values() if isinstance(b, ops.Buffer)]
     return [_Cost(0, 4 * sum(widths), False)] * natives
 
 
@@ -260,11 +344,12 @@ class CpuExecutable:
             if isinstance(op, ops.Attention):
                 self._attentions.append(len(natives))
             natives += bound
-            costs += _cost(op, len(bound))
+            costs += _cost(op, len(bound), made.program.routes)
             self._segments.append(range(start, len(natives)))
         self._native = native_program(natives)
         self._bytes = np.array([c.nbytes for c in costs], np.float64)
         self._products = np.array([c.products for c in costs], np.float64)
+        self._spared = np.array([c.spared for c in costs], np.float64)
         self._of_outputs = np.array([c.outputs for c in costs], bool)
 
     @property
@@ -308,6 +393,7 @@ class CpuExecutable:
         t.cos[:n], t.sin[:n] = step.cos, step.sin
         self._header.set("tokens", n)
         self._header.set("outputs", m)
+        self._header.set("routes", n * self.program.routes)
         return made
 
     def _parts(
@@ -316,7 +402,8 @@ class CpuExecutable:
         """The step in native calls that each take about `_PART_SECONDS`, as far as operations can be divided."""
         shape, speed = self.program.attention, _PRODUCTS_PER_SECOND * self.threads
         rows = np.where(self._of_outputs, m, n)
-        seconds = np.where(rows > 0, np.maximum(self._bytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
+        nbytes = self._bytes * (1 - self._spared**rows)
+        seconds = np.where(rows > 0, np.maximum(nbytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
         per_tile = 8 * shape.head_size * shape.kv_heads * tile_costs / speed
         attending = float(per_tile.sum())
         seconds[self._attentions] = attending

@@ -45,7 +45,7 @@ class Region:
 
     def __post_init__(self) -> None:
         a = self.array
-        if a.ndim != 2 or (a.shape[1] > 1 and a.strides[1] != a.itemsize):
+        if a.ndim != 2 or not (a.flags.c_contiguous or a.strides[1] == a.itemsize):
             raise KernelError("a region must be a matrix whose rows are contiguous")
 
     def columns(self, first: int, width: int) -> Region:
@@ -122,7 +122,7 @@ def tickets(e: Emitter, counter: Value, count: Value) -> Iterator[Value]:
 class StepHeader:
     """The sizes of the running step, as int64 words whose addresses never change."""
 
-    NAMES = ("tokens", "outputs", "first_tile", "last_tile")
+    NAMES = ("tokens", "outputs", "routes", "first_tile", "last_tile")
 
     def __init__(self) -> None:
         self._words = aligned(64).view(np.int64)
