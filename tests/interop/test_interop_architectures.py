@@ -18,9 +18,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from phiquant import LLM
-from phiquant.convert import convert
+from phiquant.convert import convert, quantize
 from phiquant.eval.kl import compare_logits
-from phiquant.gguf import GGUFFile
+from phiquant.gguf import FileType, GGMLType, GGUFFile
 
 pytestmark = [pytest.mark.interop, pytest.mark.cpu]
 
@@ -33,6 +33,7 @@ CONTEXT = 512  # beyond LongRoPE's border too, by which llama.cpp chooses its fa
 # Mean divergence, twice what was measured: both engines keep F16 keys and values. llama.cpp takes GELU from a table of
 # F16, which is what is seen of Phi-2.
 BOUNDS = {"phi2": 5e-8, "llama": 2.2e-9}
+ROUNDED = 4.2e-4  # of quantized models, whose activations the engines round at other moments
 # Of keys that differ between the converters, why.
 EXPLAINED = {
     "general.name": "keeps its hyphens, so that llama.cpp takes the special tokens for Phi-3's",
@@ -100,6 +101,29 @@ def test_llama_cpp_computes_our_file_as_we_do(checkpoint: tuple[Any, Path], tmp_
         assert same >= TOKENS - 1  # two tokens may be as good as equally likely
     else:
         assert values[window:].mean() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K_M", "IQ4_XS"])
+@pytest.mark.parametrize("checkpoint", ["phi2_phi_1", "llama_as_phi4_128"], indirect=True)
+def test_quantized_it_is_the_same_file_and_model(
+    checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp: Any, their_quantize: Any, compare: Any, kind: str
+) -> None:
+    """Types by the same rules, biases and norms left alone, and the same logits but for the rounding of activations."""
+    model, directory = checkpoint
+    base = convert(directory, tmp_path / "base.gguf", "f32", quiet=True).plan.path
+    path, theirs = quantize(base, tmp_path / "ours.gguf", kind, quiet=True).plan.path, tmp_path / "theirs.gguf"
+    job = {"source": str(base), "out": str(theirs), "ftype": int(FileType[kind])}
+    assert their_quantize([job]) == [0]
+    assert compare(path, theirs) >= 0.99
+    with GGUFFile.open(path) as file:
+        assert {t.type for t in file.tensors.values() if len(t.shape) == 1} == {GGMLType.F32}
+        assert all(t.type is not GGMLType.F32 for t in file.tensors.values() if len(t.shape) == 2)
+    values, same = compare_logits(
+        llama_cpp.logits(path, model.ids(TOKENS), context=CONTEXT), ours(path, model.ids(TOKENS))
+    )
+    print(f"| {model.architecture} {model.name} {kind} | {values.mean():.1e} | {same} of {TOKENS} |")
+    assert values.mean() <= ROUNDED
+    assert same >= 0.95 * TOKENS
 
 
 @pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
