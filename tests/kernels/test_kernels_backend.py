@@ -396,11 +396,11 @@ def test_argument_blocks_are_complete_or_refused() -> None:
 def test_only_what_nothing_else_reads_is_gated_on_the_way() -> None:
     program = model(GGMLType.Q4_K)
     products = [op for before, op in itertools.pairwise(program.operations) if isinstance(before, ops.SwiGLU)]
-    assert set(backend_module._gates(program)) == {id(op) for op in products}
+    assert set(backend_module._before(program)) == {id(op) for op in products}
     first = products[0]
     assert isinstance(first, ops.MatMul)
     sums, counts = np.zeros(first.x.width, np.float64), np.zeros(1, np.int64)
     watched = list(program.operations)
     watched.insert(watched.index(first) + 1, ops.SumSquares(first.x, sums, counts))
     observed = dataclasses.replace(program, operations=tuple(watched))
-    assert set(backend_module._gates(observed)) == {id(op) for op in products[1:]}
+    assert set(backend_module._before(observed)) == {id(op) for op in products[1:]}

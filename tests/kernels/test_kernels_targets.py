@@ -10,10 +10,23 @@ import pytest
 
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cache_types import CACHE_TYPES
-from phiquant.kernels.cpu import attention, matmul, matmul_tiles, rms_norm, rotate_store, select_rows, swiglu, team
+from phiquant.kernels.cpu import (
+    attention,
+    layer_norm,
+    matmul,
+    matmul_tiles,
+    pointwise,
+    rms_norm,
+    rotate_store,
+    select_rows,
+    team,
+)
 from phiquant.kernels.cpu.cache_elements import elements_of
 from phiquant.kernels.cpu.emit import I64, Emitter, Value
+from phiquant.kernels.cpu.gegelu import gegelu
+from phiquant.kernels.cpu.gelu import GELU
 from phiquant.kernels.cpu.library import emit_assembly, function
+from phiquant.kernels.cpu.swiglu import SWIGLU
 from phiquant.kernels.cpu.target import Target
 
 pytestmark = pytest.mark.cpu
@@ -42,7 +55,8 @@ DOTS = {
 KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     **{f"attention {kind.name}": (4, attention._emitter(96, elements_of(kind))) for kind in CACHE_TYPES.values()},
     "rms_norm": (4, rms_norm._emit),
-    "swiglu": (4, swiglu._emit),
+    "layer_norm": (4, layer_norm._emit),
+    **{f.name: (4, pointwise.body(f)) for f in (SWIGLU, GELU, gegelu(20.0))},
     "select_rows": (4, select_rows._emit),
     **{f"rotate_store {kind.name}": (4, rotate_store._emitter(elements_of(kind))) for kind in CACHE_TYPES.values()},
 }
@@ -71,7 +85,9 @@ def test_kernels_are_instructions_alone(case: tuple[Target, str], name: str) -> 
     arguments, body = KERNELS[name]
     assembly = emit_assembly(name, arguments, body, target)
     assert named(assembly) == set()
-    assert (fused in assembly) == (name.split()[0] in ("attention", "rms_norm", "swiglu"))
+    assert (fused in assembly) == (
+        name.split()[0] in ("attention", "rms_norm", "layer_norm", "swiglu", "gelu", "gegelu")
+    )
 
 
 def test_threads_wait_as_the_system_has_it(case: tuple[Target, str]) -> None:

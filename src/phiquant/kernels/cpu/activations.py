@@ -9,10 +9,10 @@ weights), their scales, and the sums that the weight format needs:
 Chunks are stored [chunk][row]: the same chunk of neighbouring rows is adjacent, at a distance that is a constant of the
 kernel, so that a tile of several columns is addressed from one register and streams through the cache.
 
-Where the activations are the product of a SwiGLU that nothing else reads, they are gated on the way ("gated"): a row is
-then the gates and what they are multiplied with, and what they yield is never written as float32.
+Where the activations are what a pointwise operation yields (SwiGLU, GELU) and nothing else reads, it is done on the
+way: a row is then what that operation reads, and what it yields is never written as float32.
 
-For a mixture of experts the rows are taken in the order of the experts that they go to ("gathered").
+For a mixture of experts the rows are taken in the order of the experts that they go to.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
-from .operation import Arguments, tickets
-from .simd import concatenate, dot_quads, nearest_int, reduce
-from .swiglu import apply_gate
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["ARGUMENTS", "CHUNK", "GATHERED", "PADDING", "Activations", "body", "chunk_stride"]
+from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
+from .library import function
+from .operation import Arguments, NativeOp, Region, tickets
+from .pointwise import Pointwise, float_bits
+from .route import Routes
+from .simd import concatenate, dot_quads, nearest_int, reduce
+from .target import Target
+
+__all__ = ["CHUNK", "PADDING", "Activations", "bind", "body", "chunk_stride"]
 
 CHUNK = 256  # values of a row that are handled together
 PADDING = 12  # rows are padded to a multiple of this, which every tile divides, so that tiles may read beyond the last
 _UNITS = 16  # chunks to a ticket
 _TINY = 1e-36  # below this 127 / amax overflows; such a group is rounded to zeros
 
-ARGUMENTS = Arguments("count", "x", "out", "columns")
-GATHERED = Arguments(*ARGUMENTS.names, "order", "divisor")
+ARGUMENTS = Arguments("count", "x", "out", "columns", "limit", "order", "divisor")
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,43 @@ Source = Callable[["Value | int", int], Value]
 """Reads float32 lanes at an offset in bytes."""
 
 
-def body(form: Activations, *, gated: bool = False, gathered: bool = False) -> Callable[..., None]:
-    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in (gated: 2 columns).
+def bind(
+    form: Activations,
+    x: Region,
+    scratch: NDArray[np.uint8],
+    columns: int,
+    before: Pointwise | None,
+    target: Target,
+    routes: Routes | None = None,
+) -> NativeOp:
+    """Fill `scratch` with x, float32 [rows, columns], or with what `before` makes of x, [rows, its parts * columns].
 
-    Gathered: row i is that of number order[i] / divisor, rounded down, of x; the order is int32.
+    With `routes` it is filled with a row for each of them, in their order: x has a row for each token, or with the
+    count of the routes for each of those.
     """
+    name = f"activations.{form.name}" + (f".{before.name}" if before else "") + (".routed" if routes else "")
+    block = ARGUMENTS.pack(
+        count=routes.count if routes else x.count,
+        x=x.address,
+        out=scratch.ctypes.data,
+        columns=columns,
+        limit=float_bits(before.limit) if before else 0,
+        order=routes.order.ctypes.data if routes else 0,
+        divisor=routes.used if routes and x.count != routes.count else 1,
+    )
+    kernel = function(name, 4, body(form, before, routed=routes is not None), target)
+    return NativeOp(kernel, block, (x.array, scratch, routes))
+
+
+def body(form: Activations, before: Pointwise | None = None, *, routed: bool = False) -> Callable[..., None]:
+    """The kernel that fills a scratch area with all rows of a step.
+
+    Row i is that of x, or if `routed` the one of number order[i] / divisor, rounded down; the order is int32.
+    """
+    parts = before.parts if before else 1
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        count_at, x, out, columns = GATHERED.read_all(e, block, ARGUMENTS.names)
-        order, divisor = GATHERED.read_all(e, block, ("order", "divisor")) if gathered else (None, None)
+        count_at, x, out, columns, limit, order, divisor = ARGUMENTS.read_all(e, block)
         count = e.load(count_at, x.type, align=8)
         chunks = (columns + (CHUNK - 1)).udiv(CHUNK)
         between = chunk_stride(count, form)
@@ -106,10 +139,8 @@ def body(form: Activations, *, gated: bool = False, gathered: bool = False) -> C
             with e.loop(first, e.min(first + _UNITS, units)) as unit:
                 row = unit.udiv(chunks)
                 chunk = unit - row * chunks
-                place = row
-                if order is not None and divisor is not None:
-                    place = e.load(order + 4 * row, I32).sext(I64).udiv(divisor)
-                source = _source(e, x + ((place * columns << int(gated)) + chunk * CHUNK) * 4, columns, gated)
+                place = e.load(order + 4 * row, I32).sext(I64).udiv(divisor) if routed else row
+                source = _source(e, x + (place * columns * parts + chunk * CHUNK) * 4, columns, before, limit)
                 target = out + chunk * between + row * form.stride
                 left = e.min(columns - chunk * CHUNK, CHUNK)
                 if not form.group:
@@ -122,14 +153,16 @@ def body(form: Activations, *, gated: bool = False, gathered: bool = False) -> C
     return kernel
 
 
-def _source(e: Emitter, at: Value, columns: Value, gated: bool) -> Source:
+def _source(e: Emitter, at: Value, columns: Value, before: Pointwise | None, limit: Value) -> Source:
     def plain(offset: Value | int, lanes: int) -> Value:
         return e.load(at + offset, vec(F32, lanes))
 
-    def multiplied(offset: Value | int, lanes: int) -> Value:
-        return apply_gate(e, plain(offset, lanes), e.load(at + 4 * columns + offset, vec(F32, lanes)))
+    def computed(offset: Value | int, lanes: int) -> Value:
+        assert before is not None
+        parts = [plain(4 * i * columns + offset, lanes) for i in range(before.parts)]
+        return before.apply(e, limit.trunc(I32).bits(F32), *parts)
 
-    return multiplied if gated else plain
+    return computed if before else plain
 
 
 def _copy(e: Emitter, source: Source, target: Value, left: Value) -> None:

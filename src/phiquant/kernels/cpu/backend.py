@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,19 +17,24 @@ from . import (
     attention,
     combine,
     expert_matmul,
+    layer_norm,
     library,
     matmul,
+    pointwise,
     rms_norm,
     rotate_store,
     route,
     select_rows,
     sum_squares,
-    swiglu,
 )
 from .cache import KVCache, StepTables
 from .embed import Embedding
+from .gegelu import gegelu
+from .gelu import GELU
 from .memory import release
 from .operation import NativeOp, Region, StepHeader, aligned
+from .pointwise import Pointwise
+from .swiglu import SWIGLU
 from .team import Team, available_threads, native_program
 
 __all__ = ["CpuBackend", "CpuExecutable"]
@@ -138,9 +143,9 @@ class _Binder:
         self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
         rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
         self.buffers = aligned(max(rooms, default=0))
-        self.gates = _gates(program)
-        self.gated = {id(op) for op in self.gates.values()}
-        self.rounded = _rounded(program)
+        self.before = _before(program)
+        self.done_before = {id(op) for op in self.before.values()}
+        self.rounded = _rounded(program, self.packed)
         self.bound = [self._bind(op) for op in program.operations]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
@@ -163,35 +168,38 @@ class _Binder:
         at = {name: self._region(b) for name, b in vars(op).items() if isinstance(b, ops.Buffer)}
         match op:
             case ops.Embed():
-                return Embedding(op.weight, self.tables.tokens, at["out"])
+                return Embedding(op.weight, self.tables.tokens, at["out"], op.scale)
             case ops.RMSNorm():
-                return [rms_norm.bind(at["x"], op.weight.data.view(np.float32), op.epsilon, at["out"])]
+                return [rms_norm.bind(at["x"], _floats(op.weight), op.epsilon, at["out"])]
+            case ops.LayerNorm():
+                return [layer_norm.bind(at["x"], _floats(op.weight), _floats(op.bias), op.epsilon, at["out"])]
             case ops.MatMul():
-                packed = self.packed[id(op.weight)]
-                gate = self.gates.get(id(op))
+                before = self.before.get(id(op))
                 return matmul.bind(
-                    packed,
-                    self.regions[id(gate.x)] if gate else at["x"],
+                    self.packed[id(op.weight)],
+                    self._region(before.x) if before else at["x"],
                     at["out"],
                     add=op.add,
                     scratch=self.scratch,
                     threads=self.threads,
                     buffers=self.buffers,
-                    gated=gate is not None,
+                    bias=_floats(op.bias) if op.bias else None,
+                    before=_pointwise(before) if before else None,
+                    rounded=id(op) in self.rounded,
                 )
             case ops.Route():
                 return [route.bind(at["logits"], self.routes[id(op)], op.jitter)]
             case ops.ExpertMatMul():
-                gate = self.gates.get(id(op))
+                before = self.before.get(id(op))
                 return expert_matmul.bind(
                     self.packed[id(op.weight)],
                     self.routes[id(op.route)],
-                    self.regions[id(gate.x)] if gate else at["x"],
+                    self._region(before.x) if before else at["x"],
                     at["out"],
                     scratch=self.scratch,
                     threads=self.threads,
                     buffers=self.buffers,
-                    gated=gate is not None,
+                    before=_pointwise(before) if before else None,
                     rounded=id(op) in self.rounded,
                 )
             case ops.Combine():
@@ -204,8 +212,8 @@ class _Binder:
                         at["q"], at["out"], self.tables, self.header, self.cache, op.layer, self.shared, self.threads
                     )
                 ]
-            case ops.SwiGLU():
-                return [] if id(op) in self.gated else [swiglu.bind(at["x"], at["out"])]
+            case ops.SwiGLU() | ops.GELU() | ops.GeGELU():
+                return [] if id(op) in self.done_before else [pointwise.bind(_pointwise(op), at["x"], at["out"])]
             case ops.Select():
                 return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
             case ops.SumSquares():
@@ -214,40 +222,63 @@ class _Binder:
         raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
 
 
-def _gates(program: ops.Program) -> dict[int, ops.SwiGLU]:
-    """By the matrix multiplication that comes next and alone reads its output, every SwiGLU of which that is true.
+def _floats(weight: ops.Weight) -> NDArray[np.float32]:
+    return weight.data.view(np.float32)
 
-    Such a multiplication gates its activations itself: what lies between is neither written nor read.
+
+def _pointwise(op: ops.SwiGLU | ops.GELU | ops.GeGELU) -> Pointwise:
+    match op:
+        case ops.SwiGLU():
+            return SWIGLU
+        case ops.GELU():
+            return GELU
+        case ops.GeGELU():
+            return gegelu(op.limit)
+
+
+def _before(program: ops.Program) -> dict[int, ops.SwiGLU | ops.GELU | ops.GeGELU]:
+    """By the matrix multiplication that comes next and alone reads its output, every pointwise operation for which so.
+
+    Such a multiplication does it itself, on the way: what lies between is neither written nor read.
     """
     operations = program.operations
     found = {}
     for i, (op, after) in enumerate(itertools.pairwise(operations)):
-        if isinstance(op, ops.SwiGLU) and isinstance(after, ops.MatMul | ops.ExpertMatMul) and after.x is op.out:
-            if not _read(op.out, operations[i + 2 :]):
+        if not isinstance(op, ops.SwiGLU | ops.GELU | ops.GeGELU):
+            continue
+        if isinstance(after, ops.MatMul | ops.ExpertMatMul) and after.x is op.out:
+            read = op.out is program.logits or _read(op.out, operations[i + 2 :])
+            if not read and after.out.base is not op.x:  # which the multiplication then reads
                 found[id(after)] = op
     return found
 
 
 def _read(buffer: ops.Buffer, operations: Sequence[ops.Operation]) -> bool:
-    """Whether a buffer is read before it is written again."""
+    """Whether a buffer, or some of its columns, is read before it is written again as a whole."""
     for op in operations:
-        read = (value for name, value in vars(op).items() if name != "out" and isinstance(value, ops.Buffer))
-        if any(value.base is buffer.base for value in read):
+        named = {name: b for name, b in vars(op).items() if isinstance(b, ops.Buffer) and b.base is buffer}
+        out = named.pop("out", None)
+        if named or (out and (getattr(op, "add", False) or isinstance(op, ops.Combine))):
             return True
-        if getattr(op, "out", None) is buffer:
-            return getattr(op, "add", False)
+        if out is buffer:
+            return False
     return False
 
 
-def _rounded(program: ops.Program) -> set[int]:
-    """Every ExpertMatMul that finds its activations rounded, because the operation before it takes the same."""
+def _rounded(program: ops.Program, packed: Mapping[int, matmul.Packed]) -> set[int]:
+    """Every matrix multiplication that finds its activations in the scratch memory as the one just before left them.
 
-    def form(op: ops.ExpertMatMul) -> object:
-        return id(op.x), id(op.route), matmul.FORMATS[op.weight.type].activations
-
-    pairs = itertools.pairwise(program.operations)
-    both = [(a, b) for a, b in pairs if isinstance(a, ops.ExpertMatMul) and isinstance(b, ops.ExpertMatMul)]
-    return {id(b) for a, b in both if form(a) == form(b)}
+    It reads the same buffer, which that one has not written, for a matrix that takes it in the same form, and by the
+    same routes if it is one of experts. (What is done before a multiplication yields what only that one reads, so
+    neither of the two does that.)
+    """
+    found = set()
+    for before, op in itertools.pairwise(program.operations):
+        if isinstance(op, ops.MatMul | ops.ExpertMatMul) and type(before) is type(op) and before.x is op.x:
+            forms = [(packed[id(o.weight)].format.activations, getattr(o, "route", None)) for o in (before, op)]
+            if forms[0] == forms[1] and before.out.base is not op.x.base:
+                found.add(id(op))
+    return found
 
 
 def _cost(op: ops.Operation, natives: int, routes: int) -> list[_Cost]:

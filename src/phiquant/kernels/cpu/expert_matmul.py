@@ -23,6 +23,7 @@ from .matmul_tiles import LANES, Format
 from .memory import release
 from .operation import Arguments, NativeOp, Region, aligned
 from .pack import SLACK
+from .pointwise import Pointwise
 from .route import Routes
 from .target import Target
 
@@ -86,7 +87,7 @@ def bind(
     scratch: NDArray[np.uint8],
     threads: int,
     buffers: NDArray[np.uint8] | None = None,
-    gated: bool = False,
+    before: Pointwise | None = None,
     rounded: bool = False,
 ) -> list[NativeOp]:
     """The operations of out[r] = W[expert of r] x[r], or x[token of r] where there is a row of x for each token.
@@ -99,7 +100,7 @@ def bind(
         scratch: at least `scratch_bytes(packed, routes.capacity)`; free for others once the operations are done.
         threads: size of the team.
         buffers: at least `matmul.buffer_bytes(packed, threads)`, aligned to 64 bytes; free for others as `scratch`.
-        gated: x is the input of a SwiGLU, twice as wide, and the matrices meet its output.
+        before: x is the input of this operation, its parts * inputs wide, and the matrices meet its output.
         rounded: `scratch` holds the rows of x already, from the operation before with the same x, routes and form of
             activations; they are left as they are.
 
@@ -110,7 +111,7 @@ def bind(
     buffers = np.empty(0, np.uint8) if buffers is None else buffers
     needed = scratch_bytes(packed, routes.capacity)
     divisor = 1 if x.count == routes.count else routes.used
-    inputs = packed.columns << int(gated)
+    inputs = packed.columns * (before.parts if before else 1)
     fits = (
         (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
         (packed.matrices == routes.experts, f"its {packed.matrices} matrices meet {routes.experts} experts"),
@@ -133,7 +134,7 @@ def bind(
     panels = -(-packed.rows // LANES)
     row_bytes = packed.data.size // (packed.matrices * packed.rows)  # of the file's rows; not asked for in panels
     address, out_bytes = out.strided
-    second = ARGUMENTS.pack(
+    block = ARGUMENTS.pack(
         count=routes.count,
         weights=packed.data.ctypes.data,
         x=scratch.ctypes.data,
@@ -150,20 +151,10 @@ def bind(
         experts=packed.matrices,
         expert_bytes=panels * panel_bytes if packed.panels else packed.rows * row_bytes,
     )
-    made = [NativeOp(multiply, second, (packed.data, scratch, out.array, buffers, routes))]
+    product = NativeOp(multiply, block, (packed.data, scratch, out.array, buffers, routes))
     if rounded:
-        return made
-    name = f"activations.{form.name}.gathered" + (".gated" if gated else "")
-    rounding = function(name, 4, activations.body(form, gated=gated, gathered=True), target)
-    first = activations.GATHERED.pack(
-        count=routes.count,
-        x=x.address,
-        out=scratch.ctypes.data,
-        columns=packed.columns,
-        order=routes.order.ctypes.data,
-        divisor=divisor,
-    )
-    return [NativeOp(rounding, first, (x.array, scratch, routes)), *made]
+        return [product]
+    return [activations.bind(form, x, scratch, packed.columns, before, target, routes), product]
 
 
 def body(f: Format, *, packed: bool = True) -> Callable[..., None]:

@@ -5,7 +5,8 @@
     operations = bind(packed, x, out, add=False, scratch=scratch, threads=2)
 
 The operations run one after the other, each by all threads of the team: the first brings the activations of the step
-into `scratch`, rounded to 8 bits for quantized weights; the second multiplies.
+into `scratch`, rounded to 8 bits for quantized weights; the second multiplies. Of products that follow one another and
+read the same x, those whose weights take activations in the form that is in `scratch` need no first operation.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from .matmul_points import POINT_FORMATS
 from .matmul_small import SMALL_FORMATS
 from .matmul_tables import TABLE_FORMATS
 from .matmul_tiles import LANES, Format
-from .operation import NativeOp, Region
+from .operation import NativeOp, Region, aligned
 from .pack import SLACK, pack
+from .pointwise import Pointwise
 from .target import Target, host
 from .team import available_threads
 
@@ -157,19 +159,24 @@ def bind(
     scratch: NDArray[np.uint8],
     threads: int,
     buffers: NDArray[np.uint8] | None = None,
-    gated: bool = False,
+    bias: NDArray[np.float32] | None = None,
+    before: Pointwise | None = None,
+    rounded: bool = False,
 ) -> list[NativeOp]:
-    """The operations of out = W x, or with `add` of out += W x, for as many rows as x's count says.
+    """The operations of out = W x + bias, or with `add` of out += W x + bias, for as many rows as x's count says.
 
     Args:
         packed: the matrix.
         x: float32 [rows, inputs].
-        out: float32 [rows, outputs], with the same count; must not overlap x.
+        out: float32 [rows, outputs], with the same count; columns of a matrix will do; must not overlap x.
         add: whether to add to what `out` holds.
         scratch: at least `scratch_bytes(packed, x.capacity)`; free for others once the operations are done.
         threads: size of the team.
         buffers: at least `buffer_bytes(packed, threads)`, aligned to 64 bytes; free for others as `scratch`.
-        gated: x is the input of a SwiGLU, float32 [rows, 2 inputs], and W meets its output.
+        bias: float32 [outputs]; none is 0.
+        before: x is the input of this operation, float32 [rows, its parts * inputs], and W meets its output.
+        rounded: `scratch` holds x already, from a product bound to the same x and scratch, by a matrix of the same
+            `format.activations`.
 
     Raises:
         KernelError: a shape, an element type or a size does not fit.
@@ -177,10 +184,15 @@ def bind(
     f, target = packed.format, packed.target
     buffers = np.empty(0, np.uint8) if buffers is None else buffers
     needed = scratch_bytes(packed, x.capacity)
+    parts = before.parts if before else 1
     fits = (
         (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
-        (x.width == packed.columns << int(gated), f"its {packed.columns} inputs meet rows of {x.width}"),
+        (x.width == packed.columns * parts, f"its {packed.columns} inputs meet rows of {x.width}"),
         (out.width == packed.rows, f"its {packed.rows} outputs meet rows of {out.width}"),
+        (
+            bias is None or (bias.dtype == np.float32 and bias.shape == (packed.rows,)),
+            f"its {packed.rows} outputs need as many float32 biases",
+        ),
         (out.capacity >= x.capacity and x.count == out.count, "inputs and outputs differ in their number of rows"),
         (not np.may_share_memory(x.array, out.array), "inputs and outputs overlap"),
         (scratch.dtype == np.uint8 and scratch.flags.c_contiguous, "scratch memory must be contiguous bytes"),
@@ -191,17 +203,18 @@ def bind(
         if not holds:
             raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
-    name = f"activations.{form.name}" + (".gated" if gated else "")
-    rounding = function(name, 4, activations.body(form, gated=gated), target)
     name = f"matmul.{packed.type.name}" + ("" if packed.panels else ".unpacked")
     multiply = function(name, 4, matmul_tiles.body(f, target, packed=packed.panels), target)
-    first = activations.ARGUMENTS.pack(count=x.count, x=x.address, out=scratch.ctypes.data, columns=packed.columns)
     panels = -(-packed.rows // LANES)
-    second = matmul_tiles.ARGUMENTS.pack(
+    start = aligned(4 * LANES * (1 if bias is None else panels)).view(np.float32)
+    if bias is not None:
+        start[: packed.rows] = bias
+    address, out_bytes = out.strided
+    block = matmul_tiles.ARGUMENTS.pack(
         count=x.count,
         weights=packed.data.ctypes.data,
         x=scratch.ctypes.data,
-        out=out.address,
+        out=address,
         rows=packed.rows,
         columns=packed.columns,
         panel_bytes=panel_bytes,
@@ -209,11 +222,12 @@ def bind(
         add=int(add),
         row_bytes=packed.data.size // packed.rows,
         buffers=buffers.ctypes.data,
+        out_bytes=out_bytes,
+        bias=start.ctypes.data,
+        bias_bytes=0 if bias is None else 4 * LANES,
     )
-    return [
-        NativeOp(rounding, first, (x.array, scratch)),
-        NativeOp(multiply, second, (packed.data, scratch, out.array, buffers)),
-    ]
+    product = NativeOp(multiply, block, (packed.data, scratch, out.array, buffers, start))
+    return [product] if rounded else [activations.bind(form, x, scratch, packed.columns, before, target), product]
 
 
 def ticket_panels(panels: int, panel_bytes: int, threads: int) -> int:

@@ -13,6 +13,9 @@ multiplied, which costs time in every step and saves the memory of the panels.
 
 What is done for one ticket stands by itself (`few`, `many`), so that `expert_matmul` can give out tickets of several
 matrices, each with columns of its own.
+
+The sums of a row begin with its bias, or with a 0 that is read just so: no branch tells a product with a bias from one
+without.
 """
 
 from __future__ import annotations
@@ -44,8 +47,9 @@ FEW = 16  # up to so many columns weights are unpacked in registers, once for ea
 BLOCK = 264  # most columns that share an unpacked chunk; a multiple of every tile
 
 ARGUMENTS = Arguments(
-    "count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add", "row_bytes", "buffers"
-)
+    "count", "weights", "x", "out", "rows", "columns", "panel_bytes", "ticket", "add", "row_bytes", "buffers",
+    "out_bytes", "bias", "bias_bytes",
+)  # fmt: skip
 
 Floats = list[list[Value]]  # [panel][column] of float32 × 16
 
@@ -94,16 +98,16 @@ class Format(ABC):
 
 
 def body(f: Format, target: Target, *, packed: bool = True) -> Callable[..., None]:
-    """The kernel of a format: out [count, rows] (+)= x [count, columns] times the transposed weights.
+    """The kernel of a format: out [count, rows] (+)= bias + x [count, columns] times the transposed weights.
 
     `weights` are panels, or with `packed` false rows of the file; `buffers` then holds as many panels for each thread
-    as a tile has.
+    as a tile has. Rows of `out` are `out_bytes` apart, the 16 biases of neighbouring panels `bias_bytes` (0: they share
+    them).
     """
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         a = dict(zip(ARGUMENTS.names, ARGUMENTS.read_all(e, block), strict=True))
         complete(e, f, a, thread, packed=packed)
-        a["out_bytes"] = a["rows"] * 4
         with e.choose(a["count"] <= FEW) as (yes, no):
             with yes, tickets(e, counter, few_tickets(a)) as ticket:
                 few(e, f, a, ticket)
@@ -165,8 +169,8 @@ def _few_tile(
 ) -> None:
     stride = f.activations.stride
     x = a["x"] + column * stride
-    zero = e.const(vec(F32, LANES), 0.0)
-    sums = [e.var(zero) for _ in range(n)]
+    start = _bias(e, a, panel)
+    sums = [e.var(start) for _ in range(n)]
     with e.loop(0, a["chunks"]) as chunk:
         at = x + chunk * a["between"]
         left = e.min(a["columns"] - chunk * CHUNK, CHUNK)
@@ -208,9 +212,10 @@ def many(e: Emitter, f: Format, a: dict[str, Value], ticket: Value) -> None:
     # An odd last panel is computed twice and written once.
     mine = [e.min(first_panel + p, a["panels"] - 1) for p in range(panels)]
     weights = [_stored(e, f, a, panel, slot) for slot, panel in enumerate(mine)]
-    zero = e.const(vec(F32, LANES), 0.0)
-    with e.loop(0, tiles * tile_bytes, 64) as i:
-        e.store(zero, total + i, align=64)
+    biases = [_bias(e, a, panel) for panel in mine]
+    with e.loop(0, tiles * tile_bytes, column_bytes) as i:
+        for p, bias in enumerate(biases):
+            e.store(bias, total + i + p * 64, align=64)
     with e.loop(0, a["chunks"]) as chunk:
         left = e.min(a["columns"] - chunk * CHUNK, CHUNK)
         stored = [w + chunk * f.chunk_bytes for w in weights]
@@ -222,7 +227,7 @@ def many(e: Emitter, f: Format, a: dict[str, Value], ticket: Value) -> None:
         with e.loop(0, tiles) as t:
             at, here = x + t * (tile * stride), total + t * tile_bytes
             places = [[here + (c * panels + p) * 64 for c in range(tile)] for p in range(panels)]
-            sums = [[e.load(place, zero.type, align=64) for place in line] for line in places]
+            sums = [[e.load(place, vec(F32, LANES), align=64) for place in line] for line in places]
             got = f.many(e, unpacked, [at + c * stride for c in range(tile)], sums, left)
             for line, values in zip(places, got, strict=True):
                 for place, value in zip(line, values, strict=True):
@@ -230,6 +235,13 @@ def many(e: Emitter, f: Format, a: dict[str, Value], ticket: Value) -> None:
     with e.loop(0, columns) as c:
         for p in range(panels):
             _write(e, a, total + c * column_bytes + p * 64, first_panel + p, first_column + c)
+
+
+def _bias(e: Emitter, a: dict[str, Value], panel: Value) -> Value:
+    """What the sums of a panel begin with."""
+    if "bias" not in a:
+        return e.const(vec(F32, LANES), 0.0)
+    return e.load(a["bias"] + panel * a["bias_bytes"], vec(F32, LANES), align=64)
 
 
 def _write(e: Emitter, a: dict[str, Value], source: Value, panel: Value, column: Value) -> None:

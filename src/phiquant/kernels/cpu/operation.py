@@ -45,7 +45,7 @@ class Region:
 
     def __post_init__(self) -> None:
         a = self.array
-        if a.ndim != 2 or (a.shape[1] > 1 and a.strides[1] != a.itemsize):
+        if a.ndim != 2 or not (a.flags.c_contiguous or a.strides[1] == a.itemsize):
             raise KernelError("a region must be a matrix whose rows are contiguous")
 
     def columns(self, first: int, width: int) -> Region:
