@@ -7,6 +7,7 @@ OUTPUT_NORM: Final = "output_norm.weight"
 OUTPUT: Final = "output.weight"  # absent where the embedding is used again (tied)
 ROPE_FACTORS_LONG: Final = "rope_factors_long.weight"
 ROPE_FACTORS_SHORT: Final = "rope_factors_short.weight"
+ROPE_FREQS: Final = "rope_freqs.weight"  # factors that hold for sequences of any length
 
 
 def attn_norm(block: int) -> str:
