@@ -28,7 +28,7 @@ MOST_KL = 1e-9  # mean, with a cache in float32
 # Half precision in the cache moves scores of the router by some 1e-4, and sparsemixer is not continuous: a token whose
 # scores are that close to a tie, or to the edge of the jitter, gets other experts or weights. Few tokens are such.
 MOST_MEDIAN_KL = 1e-6
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 @dataclass(frozen=True, eq=False)
