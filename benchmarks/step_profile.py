@@ -38,12 +38,12 @@ class Profile:
             if isinstance(bound, Embedding):
                 self.steps.append(("Embed", bound))
                 continue
-            for i, native in enumerate(bound):
-                name = type(op).__name__
+            for native in bound:
+                name, last = type(op).__name__, native is bound[-1]
                 if isinstance(op, ops.MatMul):
                     kind = op.weight.name.split(".")[-2]
-                    name = "rounding of activations" if i == 0 else f"MatMul {kind} {op.weight.type.name}"
-                    if i:
+                    name = f"MatMul {kind} {op.weight.type.name}" if last else "rounding of activations"
+                    if last:
                         totals[name][0] += 2.0 * op.weight.rows * op.weight.columns
                         totals[name][1] += op.weight.data.nbytes
                 self.steps.append((name, native_program([native])))
