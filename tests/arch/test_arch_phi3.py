@@ -367,8 +367,8 @@ def test_other_rotary_scalings_are_refused(
 
 
 def test_an_unknown_architecture_is_named_with_the_known(model: Model, tmp_path: Path) -> None:
-    model.architecture = "llama"
-    with pytest.raises(ArchitectureError, match="architecture 'llama', which is not supported; known: phi3"):
+    model.architecture = "gpt2"
+    with pytest.raises(ArchitectureError, match=r"architecture 'gpt2', which is not supported; known: .*phi3"):
         model.load(tmp_path)
 
 

@@ -20,11 +20,19 @@ BYTES = {t.name: np.random.default_rng(len(t.shape)).integers(0, 256, t.nbytes, 
 
 
 def read(made: Assembly, begin: int, size: int) -> np.ndarray:
+    def fill(tensor: StoredTensor, first: int, target: np.ndarray) -> None:
+        assert target.size > 0
+        target[:] = BYTES[tensor.name][first : first + target.size]
+        assert first + target.size <= tensor.nbytes
+
     out = np.zeros(size, np.uint8)
-    for tensor, first, place, length in made.spans(begin, size):
-        assert length > 0
-        out[place : place + length] = BYTES[tensor.name][first : first + length]
+    made.read_into(fill, begin, out)
     return out
+
+
+def rows_of(part: Rows) -> np.ndarray:
+    whole = BYTES[part.tensor.name].reshape(-1, part.row_bytes)
+    return whole[part.first :: part.step][: part.count].reshape(-1)
 
 
 @pytest.mark.parametrize("begin", [0, 1, 19, 20, 60, 99])
@@ -32,17 +40,41 @@ def read(made: Assembly, begin: int, size: int) -> np.ndarray:
 def test_any_bytes_of_any_order_of_rows(begin: int, size: int) -> None:
     parts = (Rows(B, 4, 2), Rows(A, 1, 1), Rows(B, 0, 1), Rows(A, 0, 6))
     made = Assembly((10, 5), parts)
-    whole = np.concatenate([BYTES[r.tensor.name][20 * r.first : 20 * (r.first + r.count)] for r in parts])
+    whole = np.concatenate([rows_of(part) for part in parts])
     size = min(size, 200 - begin)
     assert (read(made, begin, size) == whole[begin : begin + size]).all()
 
 
-@pytest.mark.parametrize("tensor", [A, B, stored("v", (7,))])
-def test_a_whole_tensor_is_itself(tensor: StoredTensor) -> None:
+@pytest.mark.parametrize("begin", [0, 1, 19, 20, 60, 99])
+@pytest.mark.parametrize("size", [1, 20, 21, 61, 160])
+@pytest.mark.parametrize("chunk", [1, 80, 1 << 21])
+def test_any_bytes_of_rows_that_are_picked(begin: int, size: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phiquant.convert.assembly._CHUNK", chunk)
+    parts = (Rows(A, 1, 3, step=2), Rows(B, 0, 2, step=5), Rows(A, 0, 1, step=4), Rows(B, 2, 4), Rows(A, 3, 1, step=9))
+    made = Assembly((11, 5), parts)
+    whole = np.concatenate([rows_of(part) for part in parts])
+    size = min(size, whole.size - begin)
+    assert (read(made, begin, size) == whole[begin : begin + size]).all()
+
+
+def test_every_other_number_of_a_vector() -> None:
+    vector = stored("v", (9,), "BF16")
+    BYTES["v"] = np.arange(18, dtype=np.uint8)
+    made = Assembly((9,), (Rows(vector, 0, 5, step=2), Rows(vector, 1, 4, step=2)))
+    assert read(made, 0, 18).view("<u2").tolist() == BYTES["v"].view("<u2")[[0, 2, 4, 6, 8, 1, 3, 5, 7]].tolist()
+
+
+@pytest.mark.parametrize("tensor", [A, B, stored("w", (7,))])
+def test_a_whole_tensor_is_itself_and_read_at_once(tensor: StoredTensor) -> None:
     made = Assembly.whole(tensor)
     assert made.shape == tensor.shape
-    assert list(made.spans(0, tensor.nbytes)) == [(tensor, 0, 0, tensor.nbytes)]
-    assert list(made.spans(3, 8)) == [(tensor, 3, 0, 8)]
+    reads: list[tuple[StoredTensor, int, np.ndarray]] = []
+    for begin, size in ((0, tensor.nbytes), (3, 8)):
+        made.read_into(lambda *read: reads.append(read), begin, target := np.zeros(size, np.uint8))
+        found, first, into = reads.pop()
+        assert not reads
+        assert (found, first, into.size) == (tensor, begin, size)
+        assert np.shares_memory(into, target)
 
 
 def test_rows_of_different_types_do_not_belong_together() -> None:

@@ -20,6 +20,7 @@ from phiquant.gguf.types import GGMLType
 from phiquant.kernels import ops
 from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import backend as backend_module
+from phiquant.kernels.cpu import library, matmul
 from phiquant.kernels.cpu.backend import CpuBackend, CpuExecutable
 from phiquant.kernels.cpu.describe import describe
 from phiquant.kernels.cpu.operation import Arguments
@@ -29,6 +30,7 @@ from phiquant.kernels.select import select
 
 pytestmark = pytest.mark.cpu
 
+_ENGINES: list[Any] = []  # owners of code that stays in use
 CAPACITY = ops.Capacity(tokens=90, outputs=90, sequences=2, pages=16, page_tokens=32, pages_per_sequence=8, threads=2)
 
 
@@ -358,6 +360,50 @@ print({{name.rpartition(".")[2] for name in _loaded}} == {{{lowering!r}}})
     }
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180, env=environment)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_all_kernels_are_asked_for_before_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a step needs has been compiled by other threads, or has been asked of them, when packing begins."""
+    made: dict[str, str] = {}
+    real = library._make
+
+    def make(request: library.Request) -> int:
+        made[request.name] = threading.current_thread().name
+        return real(request)
+
+    def waiting(weight: ops.Weight, **options: Any) -> matmul.Packed:
+        deadline = time.monotonic() + 120
+        while any(t.name.startswith("phiquant-compiler") for t in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return prepare_matrix(weight, **options)
+
+    prepare_matrix = matmul.prepare
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_engine", None)
+    monkeypatch.setattr(library, "_make", make)
+    monkeypatch.setattr(backend_module.matmul, "prepare", waiting)
+    executable = prepare(model(GGMLType.Q4_K))
+    _ENGINES.append(library._engine)  # the team keeps its kernels
+    executable.run(step(model(GGMLType.Q4_K), [(0, 0, 5)]))
+    executable.close()
+    ahead_names = {name for name, thread in made.items() if thread.startswith("phiquant-compiler")}
+    assert {"pack.Q4_K", "matmul.Q4_K", "attention_f16_64", "rotate_store_f16", "rms_norm"} <= ahead_names
+    assert made.keys() == ahead_names
+
+
+def test_a_kernel_that_cannot_be_made_is_told_by_prepare_and_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = threading.active_count()
+    for error in (KernelError("no code"), KeyboardInterrupt()):
+
+        def make(request: library.Request, error: BaseException = error) -> int:
+            raise error if threading.current_thread() is threading.main_thread() else KernelError("told to nobody")
+
+        monkeypatch.setattr(library, "_loaded", {})
+        monkeypatch.setattr(library, "_make", make)
+        with pytest.raises(type(error)):
+            prepare(model())
+        assert threading.active_count() == threads
 
 
 def test_select_names_what_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ DOTS = {
 }
 KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     **{f"attention {kind.name}": (4, attention._emitter(96, elements_of(kind))) for kind in CACHE_TYPES.values()},
+    "attention sparse": (4, attention._emitter(96, elements_of(GGMLType.F16), sparse=True)),
     "rms_norm": (4, rms_norm._emit),
     "layer_norm": (4, layer_norm._emit),
     **{f.name: (4, pointwise.body(f)) for f in (SWIGLU, GELU, gegelu(20.0))},

@@ -5,15 +5,33 @@ from types import MappingProxyType
 from typing import Final
 
 from phiquant.arch.config import Config, Rotary
+from phiquant.arch.llama import LlamaConfig
+from phiquant.arch.phi2 import Phi2Config
 from phiquant.arch.phi3 import Phi3Config
+from phiquant.arch.phi3small import Phi3SmallConfig
+from phiquant.arch.phimoe import PhiMoEConfig
 from phiquant.errors import ArchitectureError, GGUFError, UnsupportedError
 from phiquant.gguf import GGUFFile, keys
 
-__all__ = ["ARCHITECTURES", "Config", "Phi3Config", "Rotary", "load"]
+__all__ = [
+    "ARCHITECTURES",
+    "Config",
+    "LlamaConfig",
+    "Phi2Config",
+    "Phi3Config",
+    "Phi3SmallConfig",
+    "PhiMoEConfig",
+    "Rotary",
+    "load",
+]
 
 ARCHITECTURES: Final[Mapping[str, Callable[[GGUFFile], Config]]] = MappingProxyType(
     {
+        "llama": LlamaConfig.from_gguf,
+        "phi2": Phi2Config.from_gguf,
         "phi3": Phi3Config.from_gguf,
+        "phi3small": Phi3SmallConfig.from_gguf,
+        "phimoe": PhiMoEConfig.from_gguf,
     }
 )
 """The known values of `general.architecture`, each with the function that reads its hyperparameters."""

@@ -101,14 +101,15 @@ class Reading:
 
     def rope_factors(self, length: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
         """The short and the long factors of LongRoPE, `length` each; None twice without them."""
-        short = self._factors(names.ROPE_FACTORS_SHORT, length)
-        long = self._factors(names.ROPE_FACTORS_LONG, length)
+        short = self.factors(names.ROPE_FACTORS_SHORT, length)
+        long = self.factors(names.ROPE_FACTORS_LONG, length)
         if (short is None) != (long is None):
             absent = names.ROPE_FACTORS_SHORT if short is None else names.ROPE_FACTORS_LONG
             self.fail(f"the tensor {absent!r} is missing although the other rope factors are there")
         return short, long
 
-    def _factors(self, name: str, length: int) -> tuple[float, ...] | None:
+    def factors(self, name: str, length: int) -> tuple[float, ...] | None:
+        """The positive numbers of an F32 tensor; None if there is no such tensor."""
         info = self.gguf.tensors.get(name)
         if info is None:
             return None

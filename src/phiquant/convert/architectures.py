@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 
-from phiquant.convert import phi3
+from phiquant.convert import llama, phi2, phi3, phi3small, phimoe
 from phiquant.convert.assembly import Assembly
 from phiquant.convert.entries import Entry
 from phiquant.convert.safetensors import StoredTensor
@@ -37,11 +37,29 @@ class Settings(Protocol):
 CLASSES: Final[Mapping[str, Callable[[Mapping[str, Any]], Settings]]] = MappingProxyType(
     {
         "Phi3ForCausalLM": phi3.Settings.from_config,
+        "Phi3SmallForCausalLM": phi3small.Settings.from_config,
+        "PhiForCausalLM": phi2.Settings.from_config,
+        "MixFormerSequentialForCausalLM": phi2.Settings.from_config,
+        "LlamaForCausalLM": llama.Settings.from_config,
+        "MistralForCausalLM": llama.Settings.from_mistral,
+        "PhiMoEForCausalLM": phimoe.Settings.from_config,
+        "PhimoeForCausalLM": phimoe.Settings.from_config,
     }
 )
 """By the name in `architectures` of config.json."""
 
-_MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType({"phi3": "Phi3ForCausalLM"})
+_MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "phi3": "Phi3ForCausalLM",
+        "phi3small": "Phi3SmallForCausalLM",
+        "phimoe": "PhiMoEForCausalLM",
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "phi": "PhiForCausalLM",
+        "phi-msft": "PhiForCausalLM",
+        "mixformer-sequential": "MixFormerSequentialForCausalLM",
+    }
+)
 """By `model_type`, for a config.json that names no class."""
 
 _SIBLINGS: Final[Mapping[str, str]] = MappingProxyType(
@@ -57,7 +75,7 @@ _SIBLINGS: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """Read config.json. ArchitectureError, which says what would be lost of a sibling, for a class that is not known."""
+    """Read config.json. ArchitectureError for a class that is not known; of a sibling it says what would be lost."""
     names = config.get("architectures")
     found = names[0] if isinstance(names, list) and names else None
     if names is None:

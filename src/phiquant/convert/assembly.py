@@ -5,9 +5,12 @@ together, and rows may change their order; bytes of a row never do.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
 
 from phiquant.convert.safetensors import StoredTensor
 from phiquant.errors import CheckpointError
@@ -15,15 +18,24 @@ from phiquant.errors import CheckpointError
 __all__ = ["Assembly", "Rows", "match"]
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_CHUNK = 1 << 21  # bytes that are read at a time to pick rows from
+
+_Bytes = npt.NDArray[np.uint8]
+Read = Callable[[StoredTensor, int, _Bytes], None]
+"""Fills an array with the bytes of a stored tensor from a byte on."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some consecutive rows of a stored tensor, its leading extents taken together; a vector has rows of one number."""
+    """Some rows of a stored tensor, every `step`th from `first` on.
+
+    Its leading extents are taken together; a vector has rows of one number.
+    """
 
     tensor: StoredTensor
     first: int
     count: int
+    step: int = 1
 
     @property
     def row_bytes(self) -> int:
@@ -62,17 +74,40 @@ class Assembly:
         """One of the tensors, for data type and messages."""
         return self.rows[0].tensor
 
-    def spans(self, begin: int, size: int) -> Iterable[tuple[StoredTensor, int, int, int]]:
-        """Bytes `begin` to `begin` + `size` of it as (stored tensor, first byte in it, place in the result, bytes)."""
+    def read_into(self, read: Read, begin: int, target: _Bytes) -> None:
+        """Fill `target` with the bytes of it from `begin` on."""
         index, done = bisect_right(self._ends, begin), 0
-        while done < size:
+        while done < target.size:
             part = self.rows[index]
-            start = self._ends[index] - part.count * part.row_bytes
-            offset = begin + done - start
-            length = min(self._ends[index] - begin - done, size - done)
-            yield part.tensor, part.first * part.row_bytes + offset, done, length
-            done += length
+            offset = begin + done - (self._ends[index] - part.count * part.row_bytes)
+            stop = min(self._ends[index] - begin, target.size)
+            if part.step == 1:
+                read(part.tensor, part.first * part.row_bytes + offset, target[done:stop])
+            else:
+                _pick(read, part, offset, target[done:stop])
+            done = stop
             index += 1
+
+
+def _pick(read: Read, part: Rows, offset: int, target: _Bytes) -> None:
+    """The bytes from `offset` on of rows that do not lie one after the other.
+
+    What lies between them is read too and left out: a read for each row would take twice as long as this, for each
+    number of a vector a thousand times as long.
+    """
+    size, stride = part.row_bytes, part.row_bytes * part.step
+    end = offset + target.size
+    rows = max(1, _CHUNK // stride)
+    buffer = np.empty(min(rows, end // size - offset // size + 1) * stride, np.uint8)
+    for row in range(offset // size, -(-end // size), rows):
+        count = min(rows, -(-end // size) - row)
+        read(part.tensor, part.first * size + row * stride, buffer[: (count - 1) * stride + size])
+        picked = buffer[: count * stride].reshape(count, stride)[:, :size]
+        low, high = max(offset, row * size), min(end, (row + count) * size)
+        if (low, high) == (row * size, (row + count) * size):
+            target[low - offset : high - offset].reshape(count, size)[:] = picked
+        else:  # begins or ends within a row
+            target[low - offset : high - offset] = picked.reshape(-1)[low - row * size : high - row * size]
 
 
 def match(

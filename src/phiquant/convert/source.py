@@ -13,8 +13,9 @@ import phiquant
 from phiquant.convert import hub
 from phiquant.convert.architectures import settings_of
 from phiquant.convert.checkpoint import Checkpoint
+from phiquant.convert.dummies import without_dummies
 from phiquant.convert.entries import Entry, check_entries, string, uint32
-from phiquant.convert.metadata import general_metadata, model_name, read_model_card
+from phiquant.convert.metadata import general_metadata, model_name, read_model_card, size_label
 from phiquant.convert.positioned import PositionedFile
 from phiquant.convert.recipes import Model, Tensor
 from phiquant.convert.safetensors import StoredTensor
@@ -120,7 +121,9 @@ class CheckpointSource(Source):
             ]
             self._constants = {name: values.reshape(-1).view(np.uint8) for name, values in constants.items()}
             files = TokenizerFiles.read(directory, checkpoint.config)
-            self._tokenizer = tokenizer_keys(files, self._settings.vocab_size)
+            self._tokenizer = without_dummies(
+                tokenizer_keys(files, self._settings.vocab_size), checkpoint.config, self._settings.vocab_size
+            )
             self._general = self._describe(strips=strips_whitespace(files))
             check_entries([*self._general, *self._tokenizer], str(directory))
         except BaseException:
@@ -136,15 +139,17 @@ class CheckpointSource(Source):
             checkpoint.config,
             checkpoint.json("generation_config.json") or {},
             parameters=sum(math.prod(tensor.shape) for tensor in self.tensors),
+            label=_size_label(self.tensors),
         )
         return [_phi3_named(entry) if strips and entry.key == keys.NAME else entry for entry in entries]
 
     def entries(self, file_type: int | None) -> list[Entry]:
-        """Everything llama.cpp's converter writes, then our own keys."""
+        """Everything llama.cpp's converter writes, then our own keys. What the tokenizer says has the last word."""
         kind = self._own_file_type() if file_type is None else file_type
+        said = {entry.key for entry in self._tokenizer}
         return [
             *self._general,
-            *self._settings.entries(),
+            *(entry for entry in self._settings.entries() if entry.key not in said),
             uint32(keys.FILE_TYPE, kind),
             uint32(keys.QUANTIZATION_VERSION, QUANTIZATION_VERSION),
             *self._tokenizer,
@@ -162,8 +167,7 @@ class CheckpointSource(Source):
         if constant is not None:
             target[:] = constant[begin : begin + target.size]
             return
-        for stored, first, place, size in self._assembled[tensor].spans(begin, target.size):
-            self._checkpoint.read_into(stored, first, target[place : place + size])
+        self._assembled[tensor].read_into(self._checkpoint.read_into, begin, target)
 
     def close(self) -> None:
         """See `Source`."""
@@ -224,6 +228,15 @@ class GGUFSource(Source):
         """See `Source`."""
         for file in self._files:
             file.close()
+
+
+def _size_label(tensors: Sequence[Tensor]) -> str:
+    """The parameters of a model; of one with experts their number and the parameters of it if it had but one."""
+    stacked = [tensor for tensor in tensors if "_exps." in tensor.name]
+    shared = sum(math.prod(tensor.shape) for tensor in tensors if "_exps." not in tensor.name)
+    if not stacked:
+        return size_label(shared)
+    return f"{stacked[0].matrices}x{size_label(shared + sum(math.prod(t.shape[1:]) for t in stacked))}"
 
 
 def _phi3_named(name: Entry) -> Entry:

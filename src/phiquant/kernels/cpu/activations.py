@@ -1,7 +1,7 @@
 """Rows of activations brought into the form that matrix multiplication reads.
 
 A row is cut into chunks of 256 values. A chunk holds its values, rounded to 8 bits (or as float32 for F32, F16 and BF16
-weights), their scales, and the sums that the weight format needs:
+weights, or rounded to bfloat16 for dot products of those), their scales, and the sums that the weight format needs:
 
     offset  0          256            256 + 4 s
             int8[256]  float32[s]     sums               s = 256 / group: 1 for K-quants, 8 for blocks of 32
@@ -29,7 +29,7 @@ from .library import function
 from .operation import Arguments, NativeOp, Region, tickets
 from .pointwise import Pointwise, float_bits
 from .route import Routes
-from .simd import concatenate, dot_quads, nearest_int, reduce
+from .simd import concatenate, dot_quads, float_to_bfloat, nearest_int, reduce
 from .target import Target
 
 __all__ = ["CHUNK", "PADDING", "Activations", "bind", "body", "chunk_stride"]
@@ -47,21 +47,25 @@ class Activations:
     """The form of one chunk.
 
     Attributes:
-        group: values that share a scale, 256 or 32; 0 leaves them float32.
+        group: values that share a scale, 256 or 32; 0 leaves them floats.
         span: values to a sum, 16 or 32.
         sums: "pairs": int16 sums of the rounded values; "start": int32, sums times -centre, from which a dot product
             with levels biased by `centre` starts; "scaled": float32, sums times the group's scale.
         centre: bias of the levels.
+        bfloat: floats are rounded to bfloat16; one zero follows an odd number of them.
     """
 
     group: int
     span: int = 32
     sums: Literal["none", "pairs", "start", "scaled"] = "none"
     centre: int = 0
+    bfloat: bool = False
 
     @property
     def name(self) -> str:
         """For the kernel's name."""
+        if self.bfloat:
+            return "bfloat"
         return f"{self.group}.{self.span}.{self.sums}.{self.centre}"
 
     @property
@@ -78,7 +82,8 @@ class Activations:
     def stride(self) -> int:
         """Bytes of a chunk."""
         if not self.group:
-            return 4 * CHUNK + 64  # not a multiple of a power of two, which would crowd few cache sets
+            size = 2 if self.bfloat else 4
+            return size * CHUNK + 64  # not a multiple of a power of two, which would crowd few cache sets
         size = {"none": 0, "pairs": 2, "start": 4, "scaled": 4}[self.sums]
         return -(-(self.sums_offset + size * (CHUNK // self.span)) // 16) * 16
 
@@ -143,7 +148,9 @@ def body(form: Activations, before: Pointwise | None = None, *, routed: bool = F
                 source = _source(e, x + (place * columns * parts + chunk * CHUNK) * 4, columns, before, limit)
                 target = out + chunk * between + row * form.stride
                 left = e.min(columns - chunk * CHUNK, CHUNK)
-                if not form.group:
+                if form.bfloat:
+                    _round_floats(e, source, target, left)
+                elif not form.group:
                     _copy(e, source, target, left)
                 elif form.group == CHUNK:
                     _round_chunk(e, form, source, target)
@@ -171,6 +178,16 @@ def _copy(e: Emitter, source: Source, target: Value, left: Value) -> None:
         e.store(source(i * 4, 16), target + i * 4)
     with e.loop(whole, left) as i:
         e.store(source(i * 4, 1), target + i * 4)
+
+
+def _round_floats(e: Emitter, source: Source, target: Value, left: Value) -> None:
+    whole = left & ~15
+    with e.loop(0, whole, 16) as i:
+        e.store(float_to_bfloat(e, source(i * 4, 16)), target + i * 2)
+    with e.loop(whole, left) as i:
+        e.store(float_to_bfloat(e, source(i * 4, 1)), target + i * 2)
+    with e.when((left & 1) != 0):
+        e.store(e.const(I16, 0), target + left * 2)
 
 
 def _magnitude(e: Emitter, parts: list[Value]) -> Value:

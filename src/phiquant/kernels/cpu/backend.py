@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import KernelError
+from ...errors import KernelError, RequestError
 from .. import ops
 from . import (
+    ahead,
     attention,
     combine,
     expert_matmul,
@@ -35,7 +36,8 @@ from .memory import release
 from .operation import NativeOp, Region, StepHeader, aligned
 from .pointwise import Pointwise
 from .swiglu import SWIGLU
-from .team import Team, available_threads, native_program
+from .target import host
+from .team import Team, available_threads, native_program, prepare_team
 
 __all__ = ["CpuBackend", "CpuExecutable"]
 
@@ -59,7 +61,10 @@ class CpuBackend:
 
         Raises:
             KernelError: there is no kernel for a shape or a type, or memory is short.
+            RequestError: `capacity` asks for dot products of BF16, which this processor lacks.
         """
+        if capacity.bf16_dot and not host().has_bfloat_dot:
+            raise RequestError(f"dot products of BF16 were asked for (bf16_dot), but {matmul.NO_BFLOAT_DOT}")
         report = _Report(self._progress)
         library.on_compile.append(report.compiling)
         try:
@@ -133,7 +138,9 @@ class _Binder:
         products = [op for op in program.operations if isinstance(op, ops.MatMul | ops.ExpertMatMul)]
         weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
         report.total = sum(w.data.nbytes for w in weights.values())
-        self.packed = {key: self._pack(w) for key, w in weights.items()}
+        self.packed = {
+            key: matmul.outline(w, pack_now=capacity.pack, bf16_dot=capacity.bf16_dot) for key, w in weights.items()
+        }
         needs = [
             matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows])
             if isinstance(op, ops.MatMul)
@@ -146,11 +153,24 @@ class _Binder:
         self.before = _before(program)
         self.done_before = {id(op) for op in self.before.values()}
         self.rounded = _rounded(program, self.packed)
-        self.bound = [self._bind(op) for op in program.operations]
+        with ahead.compiling(self._kernels(), self.threads):
+            self.packed = {key: self._pack(w) for key, w in weights.items()}
+            self.bound = [self._bind(op) for op in program.operations]
+
+    def _kernels(self) -> list[Callable[[], object]]:
+        """What makes the kernels that will be needed, those that pack first: all is bound once for nothing."""
+        with library.asking() as asked:
+            if self.capacity.pack:
+                for packed in self.packed.values():
+                    matmul.packing_kernel(packed)
+            bound = [self._bind(op) for op in self.program.operations]
+        embeddings = [operation.compile for operation in bound if isinstance(operation, Embedding)]
+        return [*(request.make for request in asked.values()), *embeddings, prepare_team]
 
     def _pack(self, weight: ops.Weight) -> matmul.Packed:
+        c = self.capacity
         prepare = matmul.prepare if len(weight.shape) == 2 else expert_matmul.prepare
-        packed = prepare(weight, threads=self.threads, pack_now=self.capacity.pack)
+        packed = prepare(weight, threads=self.threads, pack_now=c.pack, bf16_dot=c.bf16_dot)
         if not np.may_share_memory(packed.data, weight.data):
             release(weight.data)  # or the model would be in memory twice
         self.report.arranged(weight.data.nbytes)
@@ -209,7 +229,15 @@ class _Binder:
             case ops.Attention():
                 return [
                     attention.bind(
-                        at["q"], at["out"], self.tables, self.header, self.cache, op.layer, self.shared, self.threads
+                        at["q"],
+                        at["out"],
+                        self.tables,
+                        self.header,
+                        self.cache,
+                        op.layer,
+                        self.shared,
+                        self.threads,
+                        sparse=op.sparse,
                     )
                 ]
             case ops.SwiGLU() | ops.GELU() | ops.GeGELU():

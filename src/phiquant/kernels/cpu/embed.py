@@ -34,3 +34,8 @@ class Embedding:
         picked = self._rows[self._tokens[:count]]
         rows = dequantize_rows(picked, w.type, count, w.columns)
         np.multiply(rows, self._scale, out=self._out.array[:count])
+
+    def compile(self) -> None:
+        """Make the kernel, or find it in the cache, by looking up a row for nothing."""
+        w = self._weight
+        dequantize_rows(self._rows[:1], w.type, 1, w.columns)

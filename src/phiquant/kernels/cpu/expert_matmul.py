@@ -9,6 +9,7 @@ has none, and nothing of it is read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,26 +49,30 @@ ARGUMENTS = Arguments(
 )
 
 
-def prepare(weight: Weight, *, threads: int = 0, target: Target | None = None, pack_now: bool = True) -> Packed:
+def prepare(
+    weight: Weight,
+    *,
+    threads: int = 0,
+    target: Target | None = None,
+    pack_now: bool = True,
+    bf16_dot: bool = False,
+) -> Packed:
     """Repack the matrices of the experts, one after the other; arguments and errors as for `matmul.prepare`.
 
     Of a mapped file no more than one expert is kept in memory on the way.
     """
-    if len(weight.shape) != 3 or not weight.data.size:
+    if len(weight.shape) != 3:
         raise KernelError(f"tensor {weight.name} of shape {weight.shape} does not hold the matrices of experts")
-    first, experts = weight.matrix(0), weight.matrices
+    outlined = matmul.outline(weight, target=target, pack_now=pack_now, bf16_dot=bf16_dot)
     if not pack_now:
-        made = matmul.prepare(first, threads=threads, target=target, pack_now=False)
-        data = np.ascontiguousarray(weight.data)
-        return Packed(weight.name, weight.type, weight.rows, weight.columns, data, made.target, False, experts)
-    matmul.check(first)
-    size = matmul.panels_bytes(first)
-    panels = aligned(experts * size + SLACK)
-    for i in range(experts):
-        source = weight.matrix(i)
-        made = matmul.prepare(source, threads=threads, target=target, out=panels[i * size : (i + 1) * size])
+        return replace(outlined, data=np.ascontiguousarray(weight.data))
+    size = matmul.panels_bytes(outlined)
+    panels = aligned(weight.matrices * size + SLACK)
+    for i in range(weight.matrices):
+        source, place = weight.matrix(i), panels[i * size : (i + 1) * size]
+        matmul.prepare(source, threads=threads, target=target, bf16_dot=bf16_dot, out=place)
         release(source.data)
-    return Packed(weight.name, weight.type, weight.rows, weight.columns, panels, made.target, True, experts)
+    return replace(outlined, data=panels)
 
 
 def scratch_bytes(packed: Packed, rows: int) -> int:
@@ -129,7 +134,7 @@ def bind(
         if not holds:
             raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
-    name = f"expert_matmul.{packed.type.name}" + ("" if packed.panels else ".unpacked")
+    name = f"expert_matmul.{packed.kind}" + ("" if packed.panels else ".unpacked")
     multiply = function(name, 4, body(f, packed=packed.panels), target)
     panels = -(-packed.rows // LANES)
     row_bytes = packed.data.size // (packed.matrices * packed.rows)  # of the file's rows; not asked for in panels

@@ -12,7 +12,7 @@ read the same x, those whose weights take activations in the form that is in `sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from ...gguf.types import GGMLType
 from ..ops import Weight
 from . import activations, matmul_tiles
 from .library import function
-from .matmul_float import FloatFormat
+from .matmul_float import BFloatDot, FloatFormat
 from .matmul_kquants import K_FORMATS
 from .matmul_lattice import LATTICE_FORMATS
 from .matmul_legacy import LEGACY_FORMATS
@@ -31,17 +31,19 @@ from .matmul_small import SMALL_FORMATS
 from .matmul_tables import TABLE_FORMATS
 from .matmul_tiles import LANES, Format
 from .operation import NativeOp, Region, aligned
-from .pack import SLACK, pack
+from .pack import SLACK, pack, pack_kernel
 from .pointwise import Pointwise
 from .target import Target, host
 from .team import available_threads
 
 __all__ = [
     "FORMATS",
+    "NO_BFLOAT_DOT",
     "Packed",
     "bind",
     "buffer_bytes",
-    "check",
+    "outline",
+    "packing_kernel",
     "panels_bytes",
     "prepare",
     "scratch_bytes",
@@ -64,6 +66,10 @@ FORMATS: dict[GGMLType, Format] = {
 }
 """The types that can be multiplied."""
 
+NO_BFLOAT_DOT = "the processor, or the lowering that was asked for, lacks AVX512_BF16"
+
+_BFLOAT_DOT = BFloatDot()
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -74,6 +80,7 @@ class Packed:
         data: the panels, aligned to 64 bytes, or the rows.
         panels: which of them.
         matrices: matrices in it, one after the other (`expert_matmul`).
+        bfloat_dot: the matrix is BF16 and meets activations that are rounded to that, too.
     """
 
     name: str
@@ -84,20 +91,17 @@ class Packed:
     target: Target
     panels: bool = True
     matrices: int = 1
+    bfloat_dot: bool = False
 
     @property
     def format(self) -> Format:
         """How the panels are laid out."""
-        return FORMATS[self.type]
+        return _BFLOAT_DOT if self.bfloat_dot else FORMATS[self.type]
 
-
-def check(weight: Weight) -> None:
-    """Refuse what `prepare` cannot pack; its errors."""
-    if weight.type not in FORMATS:
-        known = ", ".join(t.name for t in FORMATS)
-        raise UnsupportedError(f"tensor {weight.name} has type {weight.type.name}; matrices can be of type {known}")
-    if len(weight.shape) != 2 or not weight.data.size:
-        raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
+    @property
+    def kind(self) -> str:
+        """Of the kernels, for their names."""
+        return self.type.name + (".dot" if self.bfloat_dot else "")
 
 
 def prepare(
@@ -106,6 +110,7 @@ def prepare(
     threads: int = 0,
     target: Target | None = None,
     pack_now: bool = True,
+    bf16_dot: bool = False,
     out: NDArray[np.uint8] | None = None,
 ) -> Packed:
     """Repack a matrix; the Weight's bytes are not needed afterwards.
@@ -115,26 +120,49 @@ def prepare(
         threads: threads to use, 0 for as many as the process may use.
         target: the processor, the host by default.
         pack_now: False leaves the matrix as it is, to be packed piece by piece whenever it is multiplied.
-        out: where the panels go, `panels_bytes(weight)` aligned to 64, with `SLACK` bytes after them that may be read;
+        out: where the panels go, `panels_bytes` aligned to 64, with `SLACK` bytes after them that may be read;
             None for memory of their own.
+        bf16_dot: a BF16 matrix is to meet activations rounded to BF16, which is faster.
 
     Raises:
         UnsupportedError: there is no kernel for the weight's type.
-        KernelError: the weight is not a matrix, or is empty.
+        KernelError: the weight is not a matrix, or is empty; the processor cannot multiply BF16.
     """
-    check(weight)
-    target = target or host()
-    f = FORMATS[weight.type]
+    if len(weight.shape) != 2:
+        raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
+    outlined = outline(weight, target=target, pack_now=pack_now, bf16_dot=bf16_dot)
     data = np.ascontiguousarray(weight.data)
-    if not pack_now:
-        return Packed(weight.name, weight.type, weight.rows, weight.columns, data.reshape(-1), target, panels=False)
-    packed = pack(weight.type.name, f, data, weight.rows, weight.columns, target, threads or available_threads(), out)
-    return Packed(weight.name, weight.type, weight.rows, weight.columns, packed, target)
+    if pack_now:
+        w, count = weight, threads or available_threads()
+        data = pack(outlined.kind, outlined.format, data, w.rows, w.columns, outlined.target, count, out)
+    return replace(outlined, data=data.reshape(-1))
 
 
-def panels_bytes(weight: Weight) -> int:
-    """Bytes of the panels of a matrix of a known type."""
-    return -(-weight.rows // LANES) * FORMATS[weight.type].panel_bytes(weight.columns)
+def outline(weight: Weight, *, target: Target | None = None, pack_now: bool = True, bf16_dot: bool = False) -> Packed:
+    """What `prepare` will make of a matrix, or `expert_matmul.prepare` of several, with the file's bytes instead of
+    panels; arguments and errors the same.
+    """
+    if weight.type not in FORMATS:
+        known = ", ".join(t.name for t in FORMATS)
+        raise UnsupportedError(f"tensor {weight.name} has type {weight.type.name}; matrices can be of type {known}")
+    if len(weight.shape) not in (2, 3) or not weight.data.size:
+        raise KernelError(f"tensor {weight.name} of shape {weight.shape} is not a matrix that can be multiplied")
+    target = target or host()
+    dot = bf16_dot and weight.type is GGMLType.BF16
+    if dot and not target.has_bfloat_dot:
+        raise KernelError(f"no dot products of BF16 for the tensor {weight.name}: {NO_BFLOAT_DOT}")
+    w = weight
+    return Packed(w.name, w.type, w.rows, w.columns, w.data, target, pack_now, w.matrices, dot)
+
+
+def packing_kernel(packed: Packed) -> int:
+    """The kernel that makes such panels."""
+    return pack_kernel(packed.kind, packed.format, packed.target)
+
+
+def panels_bytes(packed: Packed) -> int:
+    """Bytes of the panels of one matrix."""
+    return -(-packed.rows // LANES) * packed.format.panel_bytes(packed.columns)
 
 
 def scratch_bytes(packed: Packed, rows: int) -> int:
@@ -203,7 +231,7 @@ def bind(
         if not holds:
             raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
-    name = f"matmul.{packed.type.name}" + ("" if packed.panels else ".unpacked")
+    name = f"matmul.{packed.kind}" + ("" if packed.panels else ".unpacked")
     multiply = function(name, 4, matmul_tiles.body(f, target, packed=packed.panels), target)
     panels = -(-packed.rows // LANES)
     start = aligned(4 * LANES * (1 if bias is None else panels)).view(np.float32)

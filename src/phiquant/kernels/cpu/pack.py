@@ -15,7 +15,7 @@ from .matmul_tiles import LANES, Format
 from .operation import Arguments, aligned, tickets
 from .target import Target
 
-__all__ = ["SLACK", "call", "pack"]
+__all__ = ["SLACK", "call", "pack", "pack_kernel"]
 
 _ARGUMENTS = Arguments("weights", "out", "rows", "columns", "row_bytes", "panel_bytes")
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
@@ -32,6 +32,11 @@ def _body(f: Format) -> Callable[..., None]:
             f.pack(e, mine, out + panel * panel_bytes, columns)
 
     return kernel
+
+
+def pack_kernel(name: str, f: Format, target: Target) -> int:
+    """The kernel that makes panels."""
+    return function(f"pack.{name}", 4, _body(f), target)
 
 
 def call(kernel: int, block: NDArray[np.int64], threads: int) -> None:
@@ -67,5 +72,5 @@ def pack(
         row_bytes=data.size // rows,
         panel_bytes=panel_bytes,
     )
-    call(function(f"pack.{name}", 4, _body(f), target), block, min(threads, panels))
+    call(pack_kernel(name, f, target), block, min(threads, panels))
     return out

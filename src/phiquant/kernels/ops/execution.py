@@ -31,6 +31,8 @@ class Capacity:
         threads: native threads, the caller's included; 0 for as many as the process may use.
         pack: bring the weights into the form that is fastest for the processor, once; or leave them in the mapped file,
             which saves their memory and costs time in every step. Backends that need no other form do not care.
+        bf16_dot: activations that meet BF16 weights are rounded to BF16 themselves, which processors with products of
+            that type multiply twice as fast.
     """
 
     tokens: int = 512
@@ -42,6 +44,7 @@ class Capacity:
     cache_type: GGMLType = GGMLType.F16
     threads: int = 0
     pack: bool = True
+    bf16_dot: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.tokens, self.outputs, self.sequences, self.pages, self.page_tokens, self.pages_per_sequence)

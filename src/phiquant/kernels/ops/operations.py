@@ -125,6 +125,7 @@ class AttentionShape:
         rotary: leading channels of a head that are rotated: channel i with i + rotary // 2 ("NEOX" pairing).
         scale: factor of the scores.
         window: a token sees this many tokens, itself included; 0 for all before it.
+        neighbours: rotated is channel 2i with 2i + 1 instead, as in files whose rows are in this order.
     """
 
     heads: int
@@ -133,6 +134,7 @@ class AttentionShape:
     rotary: int
     scale: float
     window: int = 0
+    neighbours: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.rotary % 2 or not 0 <= self.rotary <= self.head_size or self.window < 0:
@@ -216,7 +218,8 @@ class MatMul:
 class RotateStore:
     """Splits qkv[t] into q, k and v heads; rotates q and k; q goes to q_out, k and v to the cache.
 
-    For a rotated pair (a, b) = (channel i, channel i + rotary/2): a' = a cos - b sin, b' = b cos + a sin.
+    For a rotated pair (a, b) = (channel i, channel i + rotary/2), or (channel 2i, channel 2i + 1) if the shape says so:
+    a' = a cos - b sin, b' = b cos + a sin.
     """
 
     qkv: Buffer

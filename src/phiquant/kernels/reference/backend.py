@@ -122,13 +122,23 @@ class ReferenceExecutable:
     def _matmul(self, op: ops.MatMul, step: ops.Step) -> None:
         weights, out = self._weights[id(op.weight)], self._of(op.out)
         bias = np.zeros(len(weights), np.float32) if op.bias is None else self._weights[id(op.bias)]
-        wide = _rounded(self._of(op.x), op.weight.type)
+        wide = self._rounded(self._of(op.x), op.weight.type)
         for row in range(0, len(weights), ROWS):
             product = _product(wide, weights[row : row + ROWS]) + bias[row : row + ROWS]
             if op.add:
                 out[:, row : row + ROWS] += product
             else:
                 out[:, row : row + ROWS] = product
+
+    def _rounded(self, x: Floats, type: GGMLType) -> NDArray[np.float64]:
+        """Activations as a product with weights of that type takes them."""
+        if type is GGMLType.BF16 and self.capacity.bf16_dot:
+            return dequantize(quantize(x, type), type, x.shape).astype(np.float64)
+        block = activation_block(type)
+        if not block:
+            return x.astype(np.float64)
+        levels, scale = round_activations(x, block)
+        return levels.astype(np.float64) * np.repeat(scale, block, axis=1)
 
     def _rotate_store(self, op: ops.RotateStore, step: ops.Step) -> None:
         a = self.program.attention
@@ -199,7 +209,7 @@ class ReferenceExecutable:
         out, weights = self._of(op.out), self._weights[id(op.weight)]
         for expert in np.unique(chosen):
             rows = np.flatnonzero(chosen == expert)
-            out[rows] = _product(_rounded(x[rows], op.weight.type), weights[expert])
+            out[rows] = _product(self._rounded(x[rows], op.weight.type), weights[expert])
 
     def _combine(self, op: ops.Combine, step: ops.Step) -> None:
         """Choice by choice, because the order of the additions is part of the definition."""
@@ -229,19 +239,13 @@ def _rotate(x: Floats, heads: int, a: ops.AttentionShape, step: ops.Step) -> Flo
     x = x.reshape(len(x), heads, a.head_size).copy()
     half = a.rotary // 2
     cos, sin = step.cos[:, None, :], step.sin[:, None, :]
-    first, second = x[:, :, :half].copy(), x[:, :, half : a.rotary].copy()
-    x[:, :, :half] = first * cos - second * sin
-    x[:, :, half : a.rotary] = second * cos + first * sin
+    here, there = (slice(0, half), slice(half, a.rotary))
+    if a.neighbours:
+        here, there = (slice(0, a.rotary, 2), slice(1, a.rotary, 2))
+    first, second = x[:, :, here].copy(), x[:, :, there].copy()
+    x[:, :, here] = first * cos - second * sin
+    x[:, :, there] = second * cos + first * sin
     return x.reshape(len(x), -1)
-
-
-def _rounded(x: Floats, type: GGMLType) -> NDArray[np.float64]:
-    """Activations as a product with weights of that type takes them."""
-    block = activation_block(type)
-    if not block:
-        return x.astype(np.float64)
-    levels, scale = round_activations(x, block)
-    return levels.astype(np.float64) * np.repeat(scale, block, axis=1)
 
 
 def _product(x: NDArray[np.float64], weights: Floats) -> Floats:
