@@ -66,7 +66,11 @@ KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     "route": (4, route._emit),
     "combine": (4, combine._emit),
     "sum_squares": (4, sum_squares._emit_routed),
-    **{f"rotate_store {kind.name}": (4, rotate_store._emitter(elements_of(kind))) for kind in CACHE_TYPES.values()},
+    **{
+        f"rotate_store {kind.name}{turn.__name__}": (4, rotate_store._emitter(elements_of(kind), turn))
+        for kind in CACHE_TYPES.values()
+        for turn in (rotate_store._turn_halves, rotate_store._turn_neighbours)
+    },
 }
 
 
