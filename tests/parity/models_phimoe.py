@@ -5,15 +5,19 @@ alone has that of others (`test_the_models_tell_what_matters_apart`).
 """
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from .conftest import VOCABULARY, copy_tokenizer
-
+TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+VOCABULARY = 32064
 LENGTH = 200
 LAYERS = 3
 EXPERTS = 16
@@ -124,6 +128,14 @@ class Model:
                     made[name] = matrix(rows, columns, gain)
         return made
 
+    def truth(self, checkpoint: Path, sequences: list[list[int]]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Logits in blocks, as `phiquant.eval` takes them: transformers is no measure beyond LongRoPE's border."""
+        from numpy_phimoe import PhiMoE  # beside this file
+
+        wide = PhiMoE(self.config(), self.weights())
+        for index, ids in enumerate(sequences):
+            yield index, 0, wide.logits(ids).astype(np.float32)
+
     def ids(self, length: int = LENGTH) -> list[int]:
         most = min(32000, self.vocabulary)
         return np.random.Generator(np.random.PCG64(self.seed + 1)).integers(3, most, length).tolist()
@@ -180,5 +192,6 @@ def write_checkpoint(model: Model, directory: Path, *, released: bool = True) ->
     (directory / "config.json").write_text(json.dumps(model.config(released=released)))
     weights = model.weights()
     save_file(weights if released else restacked(weights), directory / "model.safetensors", {"format": "pt"})
-    copy_tokenizer(directory)
+    for name in TOKENIZER_FILES:
+        shutil.copy(TINY / name, directory / name)
     return directory

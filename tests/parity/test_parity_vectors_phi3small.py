@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models_phi3small import LAST, MODELS, OTHERS
 
 from phiquant import LLM
+
+from .models_phi3small import LAST, MODELS, OTHERS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
