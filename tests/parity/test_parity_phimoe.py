@@ -25,8 +25,8 @@ from .conftest import copy_tokenizer, kl, log_softmax
 pytestmark = pytest.mark.parity
 
 MOST_KL = 1e-9  # mean, with a cache in float32
-# Half precision in the cache moves scores of the router by some 1e-4, and sparsemixer is not continuous: a token whose
-# scores are that close to a tie, or to the edge of the jitter, gets other experts or weights. Few tokens are such.
+# Sparsemixer is not continuous: an expert within 1e-4 of the edge of the jitter falls on the other side of it with a
+# cache in half precision, and another's weight is halved or doubled. Up to 3 of the 200 tokens meet it, at 0.02 to 0.06.
 MOST_MEDIAN_KL = 1e-6
 BACKENDS = ("reference", "cpu")
 
