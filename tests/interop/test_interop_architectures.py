@@ -87,6 +87,15 @@ def ours(path: Path, ids: list[int]) -> np.ndarray:
         return llm.logits(ids)
 
 
+def their_convert(source: Path, directory: Path, out: Path, *options: str) -> Path:
+    if not PYTHON.exists():
+        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
+    command = [PYTHON, "-c", CONVERT, source, source / "convert_hf_to_gguf.py", directory, "--outfile", out, *options]
+    done = subprocess.run([*command, "--outtype", "f32"], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
 @pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 def test_llama_cpp_computes_our_file_as_we_do(checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp: Any) -> None:
     """But for the sliding window, of which it knows nothing: within the window it does, beyond it does not."""
@@ -130,15 +139,9 @@ def test_quantized_it_is_the_same_file_and_model(
 def test_what_its_converter_makes_is_ours_and_runs_here(
     checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp_source: Path
 ) -> None:
-    if not PYTHON.exists():
-        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
     model, directory = checkpoint
-    path, theirs = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path, tmp_path / "theirs.gguf"
-    command = [PYTHON, "-c", CONVERT, llama_cpp_source, llama_cpp_source / "convert_hf_to_gguf.py", directory]
-    done = subprocess.run(
-        [*command, "--outfile", theirs, "--outtype", "f32"], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    path = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path
+    theirs = their_convert(llama_cpp_source, directory, tmp_path / "theirs.gguf")
     with GGUFFile.open(path) as a, GGUFFile.open(theirs) as b:
         different = {
             key
@@ -160,6 +163,19 @@ def test_what_its_converter_makes_is_ours_and_runs_here(
         values, same = compare_logits(ours(theirs, model.ids(TOKENS)), ours(path, model.ids(TOKENS)))
         assert values.max() < 1e-9
         assert same == TOKENS
+
+
+@pytest.mark.parametrize("checkpoint", ["phi2_phi_2", "llama_biased_tied_grouped_64"], indirect=True)
+def test_projections_that_its_converter_fuses_run_here(
+    checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp_source: Path
+) -> None:
+    model, directory = checkpoint
+    path = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path
+    theirs = their_convert(llama_cpp_source, directory, tmp_path / "theirs.gguf", "--fuse-qkv")
+    with GGUFFile.open(theirs) as file:
+        assert "blk.0.attn_qkv.weight" in file.tensors
+        assert "blk.0.attn_qkv.bias" in file.tensors
+    assert np.array_equal(ours(theirs, model.ids(TOKENS)), ours(path, model.ids(TOKENS)))
 
 
 def _equal(a: Any, b: Any) -> bool:
