@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models_phimoe import MODELS, write_checkpoint
 
 from phiquant import LLM
 from phiquant.convert import convert
 from phiquant.eval.kl import compare_logits
 from phiquant.gguf import GGUFFile
 
+from ..parity.models_phimoe import MODELS, write_checkpoint
 from .test_interop_converter import PYTHON
 
 pytestmark = pytest.mark.interop

@@ -6,15 +6,17 @@ Beyond LongRoPE's border it is what numpy_phimoe.py says. Each file holds the to
 each, the log-probabilities of 24 fixed tokens, and the experts that every layer chooses for each token.
 """
 
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from models_phimoe import KEPT, MODELS, VECTORS_OF, beyond
-from numpy_phimoe import PhiMoE
-from transformers_phimoe import asked, saved
 
-from conftest import VECTORS, log_softmax
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.parity.conftest import VECTORS, log_softmax
+from tests.parity.models_phimoe import KEPT, MODELS, VECTORS_OF, beyond
+from tests.parity.numpy_phimoe import PhiMoE
+from tests.parity.transformers_phimoe import asked, saved
 
 
 def main() -> None:

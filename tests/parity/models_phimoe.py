@@ -6,13 +6,11 @@ alone has that of others (`test_the_models_tell_what_matters_apart`).
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
@@ -127,14 +125,6 @@ class Model:
                     name = f"{prefix}block_sparse_moe.experts.{expert}.{part}.weight"
                     made[name] = matrix(rows, columns, gain)
         return made
-
-    def truth(self, checkpoint: Path, sequences: list[list[int]]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """Logits in blocks, as `phiquant.eval` takes them: transformers is no measure beyond LongRoPE's border."""
-        from numpy_phimoe import PhiMoE  # beside this file
-
-        wide = PhiMoE(self.config(), self.weights())
-        for index, ids in enumerate(sequences):
-            yield index, 0, wide.logits(ids).astype(np.float32)
 
     def ids(self, length: int = LENGTH) -> list[int]:
         most = min(32000, self.vocabulary)

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models_phimoe import LENGTH, MODELS, Model, beyond, write_checkpoint
-from numpy_phimoe import PhiMoE
-from routing import chosen_experts
-from transformers_phimoe import asked, saved
 
 from phiquant import LLM
 from phiquant.convert import convert
 from phiquant.gguf import GGUFFile
 
 from .conftest import copy_tokenizer, kl, log_softmax
+from .models_phimoe import LENGTH, MODELS, Model, beyond, write_checkpoint
+from .numpy_phimoe import PhiMoE
+from .routing import chosen_experts
+from .transformers_phimoe import asked, saved
 
 pytestmark = pytest.mark.parity
 
 MOST_KL = 1e-9  # mean, with a cache in float32
 # Sparsemixer is not continuous: an expert within 1e-4 of the edge of the jitter falls on the other side of it with a
-# cache in half precision, and another's weight is halved or doubled. Up to 3 of the 200 tokens meet it, at 0.02 to 0.06.
+# cache in half precision, and another's weight is halved or doubled. Up to 3 of 200 tokens meet it, at 0.02 to 0.06.
 MOST_MEDIAN_KL = 1e-6
 BACKENDS = ("reference", "cpu")
 

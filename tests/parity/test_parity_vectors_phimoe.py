@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models_phimoe import KEPT, LENGTH, MODELS, VECTORS_OF, write_checkpoint
-from routing import chosen_experts
 
 from phiquant import LLM
 from phiquant.convert import convert, quantize
 
 from .conftest import VECTORS, log_softmax
+from .models_phimoe import KEPT, LENGTH, MODELS, VECTORS_OF, write_checkpoint
+from .routing import chosen_experts
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models_phimoe import Model, write_checkpoint
+
+from .models_phimoe import Model, write_checkpoint
 
 
 def saved(model: Model, directory: Path) -> Any:
