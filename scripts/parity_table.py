@@ -149,7 +149,7 @@ def module(name: str) -> Any:
 def lengths(borders: Borders, plain: int = PLAIN) -> list[int]:
     """Below, at and beyond every border; `plain` where there is none."""
     there = [border for border in (borders.original, borders.window) if border]
-    found = {length for border in there for length in (border, border + 1, border + BEYOND)}
+    found = {min(length, borders.context) for border in there for length in (border, border + 1, border + BEYOND)}
     if borders.original:
         found.add(borders.original // 2)
     return sorted(found) or [plain]
