@@ -22,7 +22,7 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs arm parity interop bench bench-speed bench-types table clean
+.PHONY: help demo test check docs arm parity interop bench bench-speed bench-types table parity-table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -75,6 +75,9 @@ bench-types: $(VENV)/.ready-tests $(INTEROP_STAMP) $(LLAMA_CPP_NATIVE)/bin/llama
 table: $(VENV)/.ready-tests $(INTEROP_STAMP) ## write docs/formats/table.md again: every file type, measured (ten minutes, alone on the machine)
 	$(BIN)/python $(PIP) --prefer-binary --group plot
 	$(BIN)/python benchmarks/format_table.py --peer $(INTEROP_VENV)/bin/python
+
+parity-table: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## measure docs/parity.md's table again (minutes)
+	$(BIN)/python scripts/parity_table.py --oracle $(PARITY_VENV)/bin/python --peer $(INTEROP_VENV)/bin/python
 
 clean: ## remove what make and the tests made in this folder (the shared environments stay)
 	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

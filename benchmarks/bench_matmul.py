@@ -1,6 +1,7 @@
 """Speed of matrix multiplication for every weight type: operations/s at many columns, bytes/s at one.
 
     python benchmarks/bench_matmul.py [--types Q4_K,Q6_K] [--columns 1,8,128,512] [--threads 2] [--lowering avx2]
+        [--bf16-dot]
 
 Every figure is a median over interleaved repetitions, beside the limits of the machine measured in the same run: the
 peak of the dot product instruction (operands in registers), of FMA, and the bandwidth of reading memory.
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--columns", default="1,4,16,128,512")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lowering", default=None)
+    parser.add_argument("--bf16-dot", action="store_true", help="BF16 by dot products, beside the peak of FMA")
     parser.add_argument("--repeat", type=int, default=7)
     arguments = parser.parse_args()
     target, threads, rng = host(arguments.lowering), arguments.threads, np.random.default_rng(0)
@@ -129,9 +131,9 @@ def main() -> None:
             raise SystemExit(f"no kernel for {name}")
         w = weight(kind, ROWS, COLUMNS, rng)
         t = time.perf_counter()
-        packed = matmul.prepare(w, threads=threads, target=target)
+        packed = matmul.prepare(w, threads=threads, target=target, bf16_dot=arguments.bf16_dot)
         t = time.perf_counter()
-        matmul.prepare(w, threads=threads, target=target)
+        matmul.prepare(w, threads=threads, target=target, bf16_dot=arguments.bf16_dot)
         line = [f"{name:5s} pack {w.data.size / (time.perf_counter() - t) / 1e9:4.1f} GB/s"]
         line.append(f"size x {packed.data.size / w.data.size:.3f}")
         for n in counts:
@@ -141,7 +143,7 @@ def main() -> None:
             p = packed
             if copies > 1:
                 big = Weight(name, kind, (ROWS * copies, COLUMNS), np.tile(w.data, copies))
-                p = matmul.prepare(big, threads=threads, target=target)
+                p = matmul.prepare(big, threads=threads, target=target, bf16_dot=arguments.bf16_dot)
                 del big
             x = rng.standard_normal((n, COLUMNS)).astype(np.float32)
             out = np.zeros((n, p.rows), np.float32)

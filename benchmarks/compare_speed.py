@@ -1,7 +1,7 @@
 """Prompt and decoding speeds of some file types beside llama-bench, in turns, and beside the machine's limits.
 
     python benchmarks/compare_speed.py F16.gguf --against LLAMA_BENCH [--types Q4_K_M,Q8_0] [--prompts 256,512]
-        [--generated 64] [--depths 0] [--rounds 5] [--threads 2] [--lowering avx2]
+        [--generated 64] [--depths 0] [--rounds 5] [--threads 2] [--lowering avx2] [--bf16-dot]
 
 F16.gguf is a conversion of what make_synthetic.py writes; the other types are quantized from it, and kept beside it.
 With --lowering the kernels are for a lesser processor; LLAMA_BENCH should be a build for the same one. Every row goes
@@ -40,7 +40,7 @@ def measure(a: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "phiquant", "bench", "--quiet", "-m", str(path)]
     command += ["-p", a.prompts, "-n", a.generated]
     command += ["-d", a.depths, "-r", str(a.rounds), "-t", str(a.threads), "-o", "json"]
-    command += ["--against", f"llama-bench={a.against}"]
+    command += ["--against", f"llama-bench={a.against}", *(["--bf16-dot"] if a.bf16_dot else [])]
     environment = os.environ | ({"PHIQUANT_LOWERING": a.lowering} if a.lowering else {})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     found: list[dict[str, Any]] = json.loads(done.stdout)
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lowering", default="")
+    parser.add_argument("--bf16-dot", action="store_true", help="BF16 weights by dot products of that type")
     parser.add_argument("--build", default="native build", help="what to call the peer's build in results.csv")
     parser.add_argument("--no-results", action="store_true")
     a = parser.parse_args()
@@ -83,6 +84,7 @@ def main() -> None:
         for row in measure(a, path):
             speed, peer, ratio = row["avg_ts"], row["peer_avg_ts"], row["ratio"]
             test = row["test"] + (f" with {a.lowering}" if a.lowering else "")
+            test += " with dot products of BF16" if a.bf16_dot else ""
             print(f"| {name} | {test} | {speed:.1f} | {peer:.1f} | {ratio:.2f} | {share(name, row)} |", flush=True)
             what = f"{a.model.stem.removesuffix('-F16')}: {test}, {name}"
             shared = today(), commit(), processor(), a.threads

@@ -1,11 +1,12 @@
-"""A checkpoint of Phi-3.5-mini's shape with random weights, in Hugging Face layout: speeds without a download.
+"""A checkpoint of Phi-3.5-mini's or Phi-3.5-MoE's shape with random weights, in Hugging Face layout: no download.
 
-    python benchmarks/make_synthetic.py DIR [--layers 32] [--hidden 3072] ...
+    python benchmarks/make_synthetic.py DIR [--model phimoe] [--layers 32] [--hidden 3072] ...
 
-The defaults are Phi-3.5-mini's: 3.82 B parameters, bfloat16, two shards, 7.6 GB. The weights are normal with a standard
-deviation of 0.02 and a few outliers in every row, drawn once into a pool of 16 M values from which every tensor takes
-runs at random places; so writing takes as long as the disk, and memory stays below 300 MB. The tokenizer's files are
-the bundled model's. What such a model says means nothing.
+The defaults are the model's: of Phi-3.5-mini 3.82 B parameters, bfloat16, two shards, 7.6 GB; of Phi-3.5-MoE 41.9 B,
+seventeen shards, 83.7 GB (2.6 GB for each of its layers). The weights are normal with a standard deviation of 0.02 and
+a few outliers in every row, drawn once into a pool of 16 M values from which every tensor takes runs at random places;
+so writing takes as long as the disk, and memory stays below 300 MB. The tokenizer's files are the bundled model's. What
+such a model says means nothing. With --filled some layers are left empty, for disks that are too small.
 """
 
 from __future__ import annotations
@@ -28,25 +29,65 @@ TOKENIZER = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
+SHAPES = {
+    "phi3": {"hidden": 3072, "ffn": 8192, "shards": 2},
+    "phimoe": {"hidden": 4096, "ffn": 6400, "kv_heads": 8, "shards": 17},
+}
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "phi3-tiny"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--model", choices=list(SHAPES), default="phi3")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=3072)
-    parser.add_argument("--ffn", type=int, default=8192)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--ffn", type=int, help="of phimoe: of one expert")
     parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=None, help="default: as many as heads")
+    parser.add_argument("--kv-heads", type=int, help="default of phi3: as many as heads")
+    parser.add_argument("--experts", type=int, default=16, help="of phimoe")
     parser.add_argument("--vocabulary", type=int, default=32064)
-    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--shards", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument(
+        "--filled", type=int, help="layers whose matrices are written; those of others are holes, zeros"
+    )
+    a = parser.parse_args()
+    for name, value in SHAPES[a.model].items():
+        if getattr(a, name) is None:
+            setattr(a, name, value)
+    return a
 
 
 def tensors(a: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes (outputs, inputs) in the order of the published checkpoint."""
+    return tensors_of_moe(a) if a.model == "phimoe" else tensors_of_phi3(a)
+
+
+def tensors_of_moe(a: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
+    kv = a.kv_heads * (a.hidden // a.heads)
+    result: list[tuple[str, tuple[int, ...]]] = []
+
+    def linear(name: str, *shape: int) -> None:
+        result.extend([(f"{name}.weight", shape), (f"{name}.bias", shape[:1])])
+
+    result.append(("model.embed_tokens.weight", (a.vocabulary, a.hidden)))
+    for i in range(a.layers):
+        layer = f"model.layers.{i}."
+        for expert in range(a.experts):
+            for part, shape in (("w1", (a.ffn, a.hidden)), ("w2", (a.hidden, a.ffn)), ("w3", (a.ffn, a.hidden))):
+                result.append((f"{layer}block_sparse_moe.experts.{expert}.{part}.weight", shape))
+        result.append((layer + "block_sparse_moe.gate.weight", (a.experts, a.hidden)))
+        linear(layer + "input_layernorm", a.hidden)
+        linear(layer + "post_attention_layernorm", a.hidden)
+        for part, rows in (("k", kv), ("o", a.hidden), ("q", a.hidden), ("v", kv)):
+            linear(f"{layer}self_attn.{part}_proj", rows, a.hidden)
+    linear("model.norm", a.hidden)
+    linear("lm_head", a.vocabulary, a.hidden)
+    return result
+
+
+def tensors_of_phi3(a: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
     head = a.hidden // a.heads
     kv = (a.kv_heads or a.heads) * head
     result: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (a.vocabulary, a.hidden))]
@@ -64,10 +105,10 @@ def tensors(a: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def config(a: argparse.Namespace) -> dict[str, object]:
-    """config.json, with LongRoPE factors that grow as Phi-3.5-mini's do."""
+    """config.json, with LongRoPE factors that grow as those of the 3.5 models do."""
     half = a.hidden // a.heads // 2
     steps = np.linspace(0, 1, half)
-    return {
+    made: dict[str, object] = {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
         "hidden_act": "silu",
@@ -95,6 +136,22 @@ def config(a: argparse.Namespace) -> dict[str, object]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
+    if a.model == "phimoe":
+        scaling = dict(made["rope_scaling"])  # type: ignore[call-overload]
+        mscales = dict.fromkeys(("short_mscale", "long_mscale"), 1.243163121016122)
+        made |= {
+            "architectures": ["PhiMoEForCausalLM"],
+            "model_type": "phimoe",
+            "num_local_experts": a.experts,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.01,
+            "input_jitter_noise": 0.01,
+            "rope_scaling": {**scaling, **mscales, "original_max_position_embeddings": 4096},
+            "sliding_window": 131072,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        }
+    return made
 
 
 def pool(rng: np.random.Generator) -> np.ndarray:
@@ -106,9 +163,12 @@ def pool(rng: np.random.Generator) -> np.ndarray:
 
 
 def write_shard(
-    path: Path, members: list[tuple[str, tuple[int, ...]]], values: np.ndarray, rng: np.random.Generator
+    path: Path, members: list[tuple[str, tuple[int, ...]]], values: np.ndarray, rng: np.random.Generator, filled: int
 ) -> None:
-    """A safetensors file: length of the header, the header, the tensors one after the other."""
+    """A safetensors file: length of the header, the header, the tensors one after the other.
+
+    Where the layers from `filled` on would have their matrices, the file has a hole, which takes no room on the disk.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in members:
@@ -119,16 +179,22 @@ def write_shard(
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for _, shape in members:
+        for name, shape in members:
             left = int(np.prod(shape))
-            if len(shape) == 1:  # norms
-                f.write((1 + values[:left].astype(np.float32)).astype(ml_dtypes.bfloat16).tobytes())
+            if len(shape) == 1:  # norms, and biases
+                vector = values[:left].astype(np.float32) + (0 if name.endswith(".bias") else 1)
+                f.write(vector.astype(ml_dtypes.bfloat16).tobytes())
+                continue
+            layer = name.removeprefix("model.layers.").split(".")[0]
+            if layer.isdecimal() and int(layer) >= filled:
+                f.seek(2 * left, 1)
                 continue
             while left:
                 count = min(left, RUN)
                 start = int(rng.integers(0, POOL - count + 1))
                 f.write(values[start : start + count].view(np.uint8).data)
                 left -= count
+        f.truncate(8 + len(text) + offset)
 
 
 def main() -> None:
@@ -147,7 +213,7 @@ def main() -> None:
     index: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
         file = "model.safetensors" if a.shards == 1 else f"model-{number:05}-of-{a.shards:05}.safetensors"
-        write_shard(a.directory / file, members, values, rng)
+        write_shard(a.directory / file, members, values, rng, a.layers if a.filled is None else a.filled)
         index.update({name: file for name, _ in members})
     if a.shards > 1:
         document = {"metadata": {"total_size": 2 * total}, "weight_map": index}

@@ -1,8 +1,9 @@
 """Where the time of a step goes: every native operation timed by itself, beside the machine's limits.
 
-    python benchmarks/step_profile.py MODEL.gguf [--prompt 256] [--depth 0] [--threads 2] [--rounds 5]
+    python benchmarks/step_profile.py MODEL.gguf [--prompt 256] [--depth 0] [--threads 2] [--rounds 5] [--no-results]
 
 Operations run one at a time in a step that is otherwise the usual one; what an empty call costs is taken off. Medians.
+The shares of matrix multiplication, attention and everything else go to results.csv.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from phiquant.kernels.cpu.backend import CpuExecutable
 from phiquant.kernels.cpu.embed import Embedding
 from phiquant.kernels.cpu.limits import Limits
 from phiquant.kernels.cpu.team import native_program
+from results import Result, append, commit, processor, today
+
+PARTS = {"MatMul": "matrix multiplication", "ExpertMatMul": "matrix multiplication", "Attention": "attention"}
 
 
 class Profile:
@@ -38,14 +42,17 @@ class Profile:
             if isinstance(bound, Embedding):
                 self.steps.append(("Embed", bound))
                 continue
-            for i, native in enumerate(bound):
-                name = type(op).__name__
-                if isinstance(op, ops.MatMul):
-                    kind = op.weight.name.split(".")[-2]
-                    name = "rounding of activations" if i == 0 else f"MatMul {kind} {op.weight.type.name}"
-                    if i:
-                        totals[name][0] += 2.0 * op.weight.rows * op.weight.columns
-                        totals[name][1] += op.weight.data.nbytes
+            for native in bound:
+                name, last = type(op).__name__, native is bound[-1]
+                if isinstance(op, ops.MatMul | ops.ExpertMatMul):
+                    kind, used = op.weight.name.split(".")[-2], 1
+                    if isinstance(op, ops.ExpertMatMul):
+                        used = op.route.used
+                    name = f"{name} {kind} {op.weight.type.name}" if last else "rounding of activations"
+                    if last:
+                        totals[name][0] += 2.0 * op.weight.rows * op.weight.columns * used
+                        # Of experts those of one token: the bandwidth is that of decoding.
+                        totals[name][1] += op.weight.data.nbytes * used / op.weight.matrices
                 self.steps.append((name, native_program([native])))
         self.work = {name: (a, b) for name, (a, b) in totals.items()}
 
@@ -94,6 +101,16 @@ def table(profile: Profile, rows: int, limits: Limits) -> None:
         print(f"| {name} | {seconds * 1e3:.2f} | {seconds / whole:.1%} | {bound} |")
 
 
+def shares(profile: Profile) -> dict[str, float]:
+    """Of the time of a step, in percent."""
+    found = dict.fromkeys(("matrix multiplication", "attention", "everything else"), 0.0)
+    for name, values in profile.seconds.items():
+        kind = name.split()[0]
+        found[PARTS.get(kind, "everything else")] += statistics.median(values)
+    whole = sum(found.values())
+    return {name: 100 * seconds / whole for name, seconds in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
@@ -101,6 +118,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-results", action="store_true")
     a = parser.parse_args()
     rng = np.random.default_rng(0)
     with (
@@ -121,6 +139,13 @@ def main() -> None:
                 llm.generate([*before, *fresh], max_tokens=1, temperature=0, ignore_eos=True)
             executable.run = usual  # type: ignore[method-assign]
             table(profile, rows, limits)
+            behind = f" after {a.depth}" if a.depth else ""
+            step = (f"a prompt of {rows} tokens" if rows > 1 else "a token") + behind
+            for name, share in shares(profile).items():
+                print(f"{name}: {share:.1f} % of {step}")
+                what = f"{a.model.name}: {name}, share of {step}"
+                if not a.no_results:
+                    append([Result(today(), commit(), processor(), a.threads, what, share, "%")])
 
 
 if __name__ == "__main__":

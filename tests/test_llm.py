@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import phiquant
 from phiquant import LLM, Completion, errors
 from phiquant.convert import convert, quantize
-from phiquant.errors import ContextError, GGUFError, RequestError, TokenError, UnsupportedError
+from phiquant.errors import ContextError, GGUFError, KernelError, RequestError, TokenError, UnsupportedError
 from phiquant.eval.kl import divergence
+from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu.target import host
 
 TINY = Path(__file__).parents[1] / "models" / "phi3-tiny"
 PROMPT = "Once upon a time there was a little girl"
@@ -184,6 +187,28 @@ def test_gpu_layers_are_noted(path: Path) -> None:
         assert "GPU" in llm.notes[0]
 
 
+def test_streamed_logits_are_the_logits(path: Path) -> None:
+    sequences = [list(range(100, 100 + n)) for n in (40, 7, 33, 64, 1)]
+    with LLM.load(path, context=64, batch=48, parallel=3) as llm:
+        whole = [llm.logits(ids) for ids in sequences]
+        for first in (0, 5, 39):
+            parts: list[list[np.ndarray]] = [[] for _ in sequences]
+            following = [first] * len(sequences)
+            for index, position, rows in llm.stream_logits(iter(sequences), first=first):
+                assert position == following[index]
+                following[index] += len(rows)
+                parts[index].append(rows)
+            for logits, part in zip(whole, parts, strict=True):
+                assert sum(map(len, part)) == max(len(logits) - first, 0)
+                assert not part or np.array_equal(np.concatenate(part), logits[first:])
+        with pytest.raises(ContextError):
+            list(llm.stream_logits([[1], [1] * 65]))
+        stream = llm.stream_logits([[1] * 64] * 3)
+        next(stream)
+        stream.close()
+        assert np.array_equal(llm.logits(sequences[1]), whole[1]), "what was given up is out of the way"
+
+
 def test_closing(path: Path) -> None:
     llm = LLM.load(path)
     stream = llm.generate(PROMPT, stream=True)
@@ -290,3 +315,52 @@ def test_a_quantized_cache_costs_little(path: Path, llm: LLM, cache_type: str, b
     with LLM.load(path, cache_type=cache_type, backend=backend) as quantized:
         found = divergence(llm, quantized, text, limit=512)
     assert most / 10 < found.mean < most
+
+
+@pytest.mark.skipif(not host().has_bfloat_dot, reason="the processor lacks AVX512_BF16")
+def test_dot_products_of_bf16_cost_what_is_said_of_them(tmp_path: Path) -> None:
+    """Documented: 1.2e-5 nats per token; more than nothing, or the option would do nothing."""
+    made = tmp_path / "x.gguf"
+    convert(TINY, made, "bf16", quiet=True)
+    text = (TINY / "evaluation.txt").read_text(encoding="utf-8")
+    with LLM.load(made) as plain, LLM.load(made, bf16_dot=True) as rounded:
+        found = divergence(plain, rounded, text, limit=1024)
+        assert not rounded.notes
+    assert 5e-6 < found.mean < 2.5e-5
+    assert found.top1 > 0.99
+
+
+@pytest.mark.skipif(not host().has_bfloat_dot, reason="the processor lacks AVX512_BF16")
+def test_an_option_that_changes_nothing_is_noted(path: Path) -> None:
+    with LLM.load(path, bf16_dot=True) as llm:
+        assert llm.notes == ["dot products of BF16 change nothing, because no weight of this model is BF16"]
+
+
+@pytest.mark.skipif(host().arm, reason="forces a lowering of x86")
+def test_dot_products_of_bf16_are_refused_where_there_are_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHIQUANT_LOWERING", "avx2" if host().lowering != "generic" else "generic")
+    host.cache_clear()
+    try:
+        with pytest.raises(RequestError, match=r"\(bf16_dot\), but the processor.* lacks AVX512_BF16"):
+            LLM.load(path, bf16_dot=True)
+    finally:
+        host.cache_clear()
+    with LLM.load(path, backend="reference", bf16_dot=True) as llm:
+        assert llm.notes, "the definition runs anywhere"
+
+
+def test_a_failing_kernel_of_a_first_start_is_told_and_leaves_no_thread(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHIQUANT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "_loaded", {})
+    before = threading.active_count()
+    for error in (KernelError("LLVM is out of order"), KeyboardInterrupt()):
+
+        def fail(text: str, target: object, error: BaseException = error) -> bytes:
+            raise error if threading.current_thread() is threading.main_thread() else KernelError("elsewhere")
+
+        monkeypatch.setattr(library, "emit_object", fail)
+        with pytest.raises(type(error)):
+            LLM.load(path)
+        assert threading.active_count() == before

@@ -11,9 +11,17 @@ from phiquant.kernels import ops
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "src" / "phiquant" / "kernels" / "cpu"
 TESTS = ROOT / "tests"
-NAMES = {"RMSNorm": "rms_norm", "MatMul": "matmul", "SwiGLU": "swiglu", "Select": "select_rows"}
+NAMES = {
+    "RMSNorm": "rms_norm",
+    "MatMul": "matmul",
+    "ExpertMatMul": "expert_matmul",
+    "SwiGLU": "swiglu",
+    "Select": "select_rows",
+    "GELU": "gelu",
+    "GeGELU": "gegelu",
+}
 # Where the time of a step goes; the others move less than a thousandth of the bytes.
-MEASURED = {"attention", "matmul"}
+MEASURED = {"attention", "expert_matmul", "matmul"}
 
 
 def kernel_of(operation: type) -> str:

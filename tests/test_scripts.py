@@ -4,8 +4,13 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from phiquant.eval.certify import Borders
+from phiquant.eval.statistics import Divergence
 
 pytestmark = pytest.mark.cpu
 
@@ -55,6 +60,42 @@ def test_the_table_of_types_is_measured(tmp_path: Path) -> None:
     assert two[at] == "refused"
     assert 0.01 < float(two[at + 1]) < 1
     assert all(float(row[titles.index("decode")]) > 0 for row in (eight, two))
+
+
+@pytest.fixture
+def parity_table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import parity_table
+
+    return parity_table
+
+
+def test_the_parity_table_looks_on_both_sides_of_every_border(parity_table: Any) -> None:
+    assert parity_table.lengths(Borders(2048)) == [200]
+    assert parity_table.lengths(Borders(2048, original=128)) == [64, 128, 129, 200]
+    assert parity_table.lengths(Borders(2048, window=47)) == [47, 48, 119]
+    assert parity_table.contexts(Borders(2048), 200) == [256], "the size of the context tells nothing"
+    assert parity_table.contexts(Borders(2048, original=256), 200) == [256, 2048]
+    assert parity_table.contexts(Borders(2048, original=128), 100) == [256], "llama.cpp has none that is small enough"
+
+
+def test_the_parity_table_replaces_only_itself(parity_table: Any) -> None:
+    near, far = (Divergence.of(np.full(4, x), np.array([True, True, True, x < 1e-6])) for x in (1e-12, 0.1))
+    borders = Borders(2048, original=256)
+    rows = [
+        parity_table.Row("a", borders, 200, near, {256: near, 2048: far}),
+        parity_table.Row("b", Borders(2048), 200, near, "llama.cpp refuses the file: no such architecture"),
+    ]
+    lines = parity_table.table(rows).splitlines()
+    assert lines[2:] == [
+        "| `a` | 200, short factors | 1.0e-12 | 1.0e-12 | 100.0 % | 256 | 1.0e-12 | 1.0e-12 | 100.0 % |",
+        "|  |  |  |  |  | 2048 | 1.0e-01 | 1.0e-01 | 75.0 % |",
+        "| `b` | 200 | 1.0e-12 | 1.0e-12 | 100.0 % | refuses the file |  |  |  |",
+    ]
+    page = f"before\n{parity_table.BEGIN}\nold\n{parity_table.END}\nafter\n"
+    assert parity_table.replaced(page, "new") == f"before\n{parity_table.BEGIN}\n\nnew\n\n{parity_table.END}\nafter\n"
+    with pytest.raises(SystemExit, match="no marks"):
+        parity_table.replaced("a page", "new")
 
 
 def test_results_are_appended_under_one_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@
     │   ├── GGUFError          ... a GGUF file
     │   ├── CheckpointError    ... a Hugging Face checkpoint (config.json, safetensors, index)
     │   ├── ImportanceError    ... an importance matrix (imatrix.gguf, or the older .dat)
+    │   ├── LogitsError        ... saved logits of a base model
     │   ├── TokenizerError     ... a vocabulary or tokenizer file
     │   └── TemplateError      ... a chat template: syntax, run time, time or memory limit
     ├── UnsupportedError       well-formed, but not something this version does
@@ -28,6 +29,7 @@ __all__ = [
     "GGUFError",
     "ImportanceError",
     "KernelError",
+    "LogitsError",
     "OutputError",
     "PhiquantError",
     "RequestError",
@@ -58,6 +60,10 @@ class CheckpointError(FormatError):
 
 class ImportanceError(FormatError):
     """An importance matrix is truncated, corrupt, empty or does not belong to the model."""
+
+
+class LogitsError(FormatError):
+    """A file of saved logits is truncated, corrupt or does not belong to the model."""
 
 
 class TokenizerError(FormatError):

@@ -1,11 +1,15 @@
 """Observations in a Program: where they are placed, what they share, and what they see."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from phiquant.calibrate.observe import observe
-from phiquant.gguf import GGMLType
+from phiquant.convert.imatrix import ImportanceMatrix, Statistic, read
+from phiquant.errors import WeightsError
+from phiquant.gguf import GGMLType, GGUFFile
 from phiquant.kernels import ops
 from phiquant.kernels.cpu.backend import CpuBackend
 from phiquant.kernels.reference import ReferenceBackend
@@ -102,3 +106,88 @@ def test_every_backend_adds_up_what_the_weights_are_given(backend: type) -> None
     for observation, total, count in zip(observations, expected, rows, strict=True):
         np.testing.assert_allclose(observation.sums[0], total, rtol=1e-4)
         assert observation.counts.tolist() == [count]
+
+
+EXPERTS, USED = 4, 2
+
+
+def mixture() -> ops.Program:
+    """The router and two matrices of experts read x, a third what the experts made of it."""
+    r = ops.Recorder(ops.AttentionShape(1, 1, WIDTH, WIDTH, 1.0), 1)
+    x, scores = r.buffer("x", WIDTH), r.buffer("scores", EXPERTS)
+    both, down = r.buffer("both", 2 * WIDTH, "routes"), r.buffer("down", WIDTH, "routes")
+    last, logits = r.buffer("last", WIDTH, "outputs"), r.buffer("logits", WIDTH, "outputs")
+    r.embed(square("token_embd.weight"), x)
+    r.matmul(weight("blk.0.ffn_gate_inp.weight", EXPERTS, WIDTH), x, scores)
+    route = r.route(scores, USED, 0.01)
+    r.expert_matmul(weight("blk.0.ffn_gate_exps.weight", EXPERTS, WIDTH, WIDTH), route, x, both.columns(0, WIDTH))
+    r.expert_matmul(weight("blk.0.ffn_up_exps.weight", EXPERTS, WIDTH, WIDTH), route, x, both.columns(WIDTH, WIDTH))
+    r.expert_matmul(weight("blk.0.ffn_down_exps.weight", EXPERTS, WIDTH, 2 * WIDTH), route, both, down)
+    r.combine(route, down, x)
+    r.matmul(weight("blk.1.ffn_gate_inp.weight", EXPERTS, WIDTH), x, scores)
+    r.select(x, last)
+    r.matmul(square("output.weight"), last, logits)
+    return r.finish(logits)
+
+
+def test_experts_share_an_observation_by_rows_and_routes() -> None:
+    recorded = mixture()
+    observed, observations = observe(recorded, lambda name: True)
+    assert [o.names for o in observations] == [
+        ("blk.0.ffn_gate_inp.weight",),
+        ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"),
+        ("blk.0.ffn_down_exps.weight",),
+        ("blk.1.ffn_gate_inp.weight",),
+        ("output.weight",),
+    ]
+    shapes = [(o.sums.shape, o.counts.shape) for o in observations[:3]]
+    assert shapes == [((1, WIDTH), (1,)), ((EXPERTS, WIDTH), (EXPERTS,)), ((EXPERTS, 2 * WIDTH), (EXPERTS,))]
+    assert len(observed.operations) == len(recorded.operations) + 5
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("backend", [CpuBackend, ReferenceBackend])
+def test_an_expert_is_observed_by_what_is_routed_to_it(backend: type, tmp_path: Path) -> None:
+    recorded, rng = mixture(), np.random.default_rng(1)
+    observed, observations = observe(recorded, lambda name: name.startswith("blk.0"))
+    executable = backend().prepare(observed, CAPACITY)
+    weights = {op.weight.name: values(op.weight) for op in recorded.operations if hasattr(op, "weight")}
+    gate, up = (weights[f"blk.0.ffn_{part}_exps.weight"] for part in ("gate", "up"))
+    wanted, after, counts = np.zeros((EXPERTS, WIDTH)), np.zeros((EXPERTS, 2 * WIDTH)), np.zeros(EXPERTS, np.int64)
+    for count in (20, 1, 7):
+        tokens = rng.integers(0, WIDTH, count).tolist()
+        executable.run(step(tokens, [0]))
+        x = weights["token_embd.weight"][tokens]
+        chosen = np.argsort(-(x @ weights["blk.0.ffn_gate_inp.weight"].T), axis=1)[:, :USED]
+        for row, experts in zip(x, chosen, strict=True):
+            for expert in experts:
+                wanted[expert] += row**2
+                after[expert] += np.concatenate([gate[expert] @ row, up[expert] @ row]) ** 2
+                counts[expert] += 1
+    executable.close()
+    np.testing.assert_allclose(observations[1].sums, wanted, rtol=1e-12)
+    np.testing.assert_allclose(observations[2].sums, after, rtol=1e-4)
+    for observation in observations[1:]:
+        assert observation.counts.tolist() == counts.tolist()
+    assert 0 < counts.min() < counts.max()
+
+    # In the file a weight's sums are [experts, columns] and its counts [experts, 1], as llama.cpp has them.
+    entries = {n: Statistic(o.sums.astype(np.float32), o.counts.copy()) for o in observations for n in o.names}
+    path = tmp_path / "imatrix.gguf"
+    ImportanceMatrix(entries, 1, 28, ("text",)).write_gguf(path)
+    with GGUFFile.open(path) as file:
+        name = "blk.0.ffn_down_exps.weight"
+        assert file.tensors[f"{name}.in_sum2"].shape == (EXPERTS, 2 * WIDTH)
+        assert file.tensors[f"{name}.counts"].shape == (EXPERTS, 1)
+        assert file.data(f"{name}.counts").view(np.float32).tolist() == counts.tolist()
+    back = read(path)
+    assert back.entries["blk.0.ffn_up_exps.weight"].sums.shape == (EXPERTS, WIDTH)
+    np.testing.assert_allclose(back.importance(name), after / counts[:, None], rtol=1e-4)
+
+
+def test_experts_whose_inputs_are_no_numbers_end_it() -> None:
+    _, observations = observe(mixture(), lambda name: "exps" in name)
+    observations[0].check()
+    observations[0].sums[2, 5] = np.inf
+    with pytest.raises(WeightsError, match=r"blk\.0\.ffn_gate_exps\.weight are not finite"):
+        observations[0].check()

@@ -7,6 +7,8 @@ import pytest
 
 from phiquant.cli import app
 from phiquant.convert import convert
+from phiquant.kernels.cpu import library
+from phiquant.kernels.cpu.target import host
 
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
 
@@ -31,6 +33,19 @@ def test_it_measures(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["avg_ts"] > 0
         assert row["dot_products_per_second"] > 1e9
         assert row["read_bytes_per_second"] > 1e8
+        assert row["bf16_dot"] is False
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not host().has_bfloat_dot, reason="the processor lacks AVX512_BF16")
+def test_it_measures_dot_products_of_bf16(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bf16 = path.with_name("bf16.gguf")
+    convert(TINY, bf16, "bf16", quiet=True)
+    arguments = ["-m", str(bf16), "-p", "16", "-n", "0", "-r", "1", "-o", "json", "--no-limits", "--bf16-dot"]
+    assert app.run(["bench", *arguments, "--quiet"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["test"], row["bf16_dot"]) == ("pp16", True)
+    assert "matmul.BF16.dot." in " ".join(library._loaded)
 
 
 @pytest.mark.parametrize(

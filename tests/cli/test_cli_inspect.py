@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from phiquant.cli.inspect import inspect
+from phiquant.convert import convert
 from phiquant.errors import GGUFError
 from phiquant.gguf import GGMLType, GGUFFile, GGUFWriter, ValueType
+
+MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
 
 WORDS = [f"word{index}" for index in range(1234)]
 
@@ -122,3 +125,61 @@ def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
     for as_json in (False, True):
         with pytest.raises(GGUFError, match="is not a GGUF file"):
             inspect(tmp_path / "a.txt", as_json)
+
+
+def test_what_a_file_does_not_say_is_told_with_what_is_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "moe.gguf"
+    numbers = {"context_length": 64, "embedding_length": 8, "feed_forward_length": 4, "block_count": 1}
+    numbers |= {"attention.head_count": 2, "expert_count": 3, "expert_used_count": 2}
+    experts = {"ffn_gate_inp": (3, 8), "ffn_gate_exps": (3, 4, 8), "ffn_up_exps": (3, 4, 8), "ffn_down_exps": (3, 8, 4)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (5, 8), "output.weight": (5, 8)}
+    shapes |= {f"blk.0.{name}.weight": shape for name, shape in experts.items()}
+    shapes |= {f"blk.0.attn_{name}.weight": (8, 8) for name in ("q", "k", "v", "output")}
+    for norm in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        shapes |= {f"{norm}.weight": (8,), f"{norm}.bias": (8,)}
+    with GGUFWriter(path) as writer:
+        writer.add("general.architecture", "phimoe", ValueType.STRING)
+        for key, value in numbers.items():
+            writer.add(f"phimoe.{key}", value, ValueType.UINT32)
+        writer.add("phimoe.attention.layer_norm_rms_epsilon", 1e-5, ValueType.FLOAT32)
+        for name, shape in shapes.items():
+            writer.add_tensor(name, shape, GGMLType.F32)
+        writer.begin()
+        for name, shape in shapes.items():
+            writer.write(name, np.zeros(shape, np.float32))
+        writer.commit()
+    inspect(path, True)
+    (assumed,) = json.loads(capsys.readouterr().out)["assumptions"]
+    assert "sparsemixer with a jitter of 0.01" in assumed
+    inspect(path, False)
+    assert assumed in capsys.readouterr().out
+
+
+def test_a_file_that_says_all_leaves_nothing_to_be_assumed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(path, True)
+    assert json.loads(capsys.readouterr().out)["assumptions"] == []
+    inspect(path, False)
+    assert "assumed" not in capsys.readouterr().out
+
+
+def test_what_a_vocabulary_leaves_out_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in files of llama.cpp, which have no place for the whitespace that added tokens swallow."""
+    whole, bare = tmp_path / "whole.gguf", tmp_path / "bare.gguf"
+    convert(MODEL, whole, "q8_0", quiet=True)
+    with GGUFFile.open(whole) as source, GGUFWriter(bare) as writer:
+        for key, field in source.fields.items():
+            if not key.startswith("phiquant."):
+                writer.add(key, field.value, field.type, field.item_type)
+        for name, info in source.tensors.items():
+            writer.add_tensor(name, info.shape, info.type)
+        writer.begin()
+        for name in source.tensors:
+            writer.write(name, source.data(name))
+        writer.commit()
+    for path, count in ((whole, 0), (bare, 1)):
+        inspect(path, True)
+        assumptions = json.loads(capsys.readouterr().out)["assumptions"]
+        assert len(assumptions) == count
+    assert "lacks the attributes of added tokens" in assumptions[0]

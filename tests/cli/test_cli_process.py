@@ -176,6 +176,29 @@ def test_ctrl_c_ends_a_generation_without_a_traceback(model: Path) -> None:
     assert time.monotonic() - begun < 10
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("seconds", [0, 0.2, 0.6])
+def test_ctrl_c_ends_a_first_start_without_a_traceback(model: Path, tmp_path: Path, seconds: float) -> None:
+    """While kernels are compiled by several threads."""
+    process = subprocess.Popen(
+        [*RUN, "run", str(model), "-no-cnv", "-p", BEGINNING, "-n", "200"],
+        env={**os.environ, "PHIQUANT_CACHE_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    assert b"compiling kernels for this processor, once" in process.stderr.readline()
+    time.sleep(seconds)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert b"Exception" not in errors
+    assert time.monotonic() - begun < 20
+
+
 EDITING, ANSWERING = "\x1b[?2004h", "\x1b[?2004l"  # the editor takes the terminal (bracketed paste), and gives it back
 
 

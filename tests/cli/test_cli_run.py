@@ -69,6 +69,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> run.RunOptions:
         (["x.gguf", "--cache-type-k", "f32"], "cache_type", "f32"),
         (["x.gguf", "-ctk", "q8_0"], "cache_type", "q8_0"),
         (["x.gguf", "-t", "3"], "threads", 3),
+        (["x.gguf", "--bf16-dot"], "bf16_dot", True),
         (["x.gguf", "-ngl", "99"], "gpu_layers", "99"),
         (["x.gguf", "--gpu-layers", "all"], "gpu_layers", "all"),
         (["x.gguf", "--n-gpu-layers", "-1"], "gpu_layers", "-1"),

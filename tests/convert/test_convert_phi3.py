@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phiquant.convert.phi3 import Settings, architecture_keys, tensor_names
+from phiquant.convert.architectures import settings_of
+from phiquant.convert.phi3 import Settings
 from phiquant.convert.safetensors import read_header
 from phiquant.errors import ArchitectureError, CheckpointError, PhiquantError, UnsupportedError
 
@@ -34,7 +35,7 @@ FACTOR = math.sqrt(17 / 12)
 
 
 def keys(config: dict[str, Any]) -> dict[str, Any]:
-    return {entry.key: entry.value for entry in architecture_keys(Settings.from_config(config))}
+    return {entry.key: entry.value for entry in Settings.from_config(config).entries()}
 
 
 def test_phi_35_mini() -> None:
@@ -90,11 +91,24 @@ def test_no_window_is_zero() -> None:
     assert keys({**MINI, "sliding_window": None})["phi3.attention.sliding_window"] == 0
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3SmallForCausalLM", "x" * 500, None, 3])
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "x" * 500, None, 3])
 def test_unknown_architectures_are_named_with_the_known(name: Any) -> None:
     with pytest.raises(ArchitectureError, match="known are Phi3ForCausalLM") as caught:
-        Settings.from_config({**MINI, "architectures": [name]})
-    assert len(str(caught.value)) < 250
+        settings_of({**MINI, "architectures": [name]})
+    assert len(str(caught.value)) < 350
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"), [("Phi3VForCausalLM", "image"), ("Phi4MMForCausalLM", "audio"), ("Phi4FlashForCausalLM", "state")]
+)
+def test_siblings_are_refused_with_what_would_be_lost(name: str, lost: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"{name} is not supported yet: its .*{lost}.* planned"):
+        settings_of({**MINI, "architectures": [name]})
+
+
+def test_a_config_without_a_class_is_read_by_its_type() -> None:
+    config = {name: value for name, value in MINI.items() if name != "architectures"}
+    assert settings_of({**config, "model_type": "phi3"}) == Settings.from_config(MINI)
 
 
 @pytest.mark.parametrize(
@@ -167,24 +181,28 @@ def test_names_and_shapes(checkpoint: Callable[..., Path], make: Any) -> None:
     directory = checkpoint(tie_word_embeddings=False)
     config = {**make.config, "tie_word_embeddings": False}
     stored = read_header(directory / "model.safetensors")
-    names = tensor_names(Settings.from_config(config), stored)
+
+    def names_of(changes: dict[str, Any], tensors: dict[str, Any]) -> dict[str, str]:
+        made = Settings.from_config({**config, **changes}).assemble(tensors)
+        assert all(len(a.rows) == 1 and a.shape == a.stored.shape for a in made.values())
+        return {a.stored.name: name for name, a in made.items()}
+
+    names = names_of({}, stored)
     assert names["lm_head.weight"] == "output.weight"
     assert names["model.layers.1.mlp.gate_up_proj.weight"] == "blk.1.ffn_up.weight"
     assert names["model.layers.0.self_attn.qkv_proj.weight"] == "blk.0.attn_qkv.weight"
     assert len(set(names.values())) == len(stored)
 
     rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": stored["model.norm.weight"]}
-    assert tensor_names(Settings.from_config(config), {**stored, **rotary}) == names
-    tied = tensor_names(Settings.from_config({**config, "tie_word_embeddings": True}), stored)
+    assert names_of({}, {**stored, **rotary}) == names
+    tied = names_of({"tie_word_embeddings": True}, stored)
     assert "output.weight" not in tied.values()
 
     with pytest.raises(CheckpointError, match="has no place"):
-        tensor_names(Settings.from_config(config), {**stored, "model.extra": stored["model.norm.weight"]})
+        names_of({}, {**stored, "model.extra": stored["model.norm.weight"]})
     with pytest.raises(CheckpointError, match=r"has shape \[64\], config\.json asks for \[32064, 64\]"):
-        tensor_names(Settings.from_config(config), {**stored, "lm_head.weight": stored["model.norm.weight"]})
+        names_of({}, {**stored, "lm_head.weight": stored["model.norm.weight"]})
     with pytest.raises(CheckpointError, match=r"lacks tensor lm_head\.weight"):
-        tensor_names(
-            Settings.from_config(config), {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}
-        )
+        names_of({}, {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"})
     with pytest.raises(CheckpointError, match="has no place in a Phi3ForCausalLM of 1 layers"):
-        tensor_names(Settings.from_config({**config, "num_hidden_layers": 1}), stored)
+        names_of({"num_hidden_layers": 1}, stored)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phiquant.engine import Sampling, sample
-from phiquant.engine.sampler import _largest
+from phiquant.engine.truncation import largest
 from phiquant.errors import KernelError, RequestError
 
 
@@ -49,7 +49,7 @@ def test_top_k_of_a_large_vocabulary(k: int) -> None:
     scores[::7] = -np.inf
     order = np.lexsort((np.arange(len(scores)), -scores))
     expected = order[: k or len(scores)]
-    assert sorted(_largest(scores, k)) == sorted(expected[scores[expected] > -np.inf])
+    assert sorted(largest(scores, k)) == sorted(expected[scores[expected] > -np.inf])
 
 
 def test_frequencies_follow_probabilities() -> None:

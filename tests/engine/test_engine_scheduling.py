@@ -1,6 +1,7 @@
 """Sequences through the engine, on a processor that checks every key a token may see and predicts by arithmetic."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -142,6 +143,30 @@ def test_all_logits() -> None:
         assert sequence.logits is not None
         assert sequence.logits.argmax(axis=1).tolist() == [following(prompt[: i + 1], False) for i in range(60)]
     assert max(len(s.outputs) for s in checker.steps) == 10
+
+
+def test_logits_go_to_a_sink_from_the_first_that_is_wanted() -> None:
+    e, checker = engine(outputs=10, sequences=2, pages=20)
+    prompt = [7 * i % VOCABULARY for i in range(60)]
+    seen: dict[str, list[tuple[int, int]]] = {"a": [], "b": []}
+
+    def sink(name: str, position: int, rows: NDArray[np.float32]) -> None:
+        seen[name] += [(position + i, int(row.argmax())) for i, row in enumerate(rows)]
+
+    jobs = [Sequence(prompt, None, sink=partial(sink, name), first=37) for name in seen]
+    for job in jobs:
+        e.submit(job)
+    while jobs[0].finish is None or jobs[1].finish is None:
+        e.step(jobs[0] if jobs[0].finish is None else jobs[1])
+    wanted = [(i, following(prompt[: i + 1], False)) for i in range(37, 60)]
+    assert seen == {"a": wanted, "b": wanted}
+    assert all(job.logits is None for job in jobs)
+    assert max(len(s.outputs) for s in checker.steps) == 10
+    assert max(len(set(s.slots.tolist())) for s in checker.steps) == 2, "both are in one step"
+    assert sum(len(s.tokens) for s in checker.steps) == 120
+    steps = len(checker.steps)
+    e.step(jobs[0])
+    assert len(checker.steps) == steps, "it has ended"
 
 
 def test_a_prefix_is_computed_once() -> None:

@@ -135,6 +135,15 @@ class LlamaCpp:
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
+    @staticmethod
+    def answer(program: str, job: object) -> Any:
+        """What a program prints, JSON, that reads its job from standard input."""
+        done = subprocess.run(
+            [PYTHON, "-c", program], input=json.dumps(job), capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
     def logits(self, model: Path, ids: Sequence[int], context: int = 1024) -> NDArray[np.float32]:
         """One row for each token."""
         self.calls += 1
@@ -176,16 +185,7 @@ def their_quantize(llama_cpp: LlamaCpp) -> Callable[[list[dict[str, Any]]], list
     the names and types of all tensors."""
 
     def run(jobs: list[dict[str, Any]]) -> list[Any]:
-        done = subprocess.run(
-            [PYTHON, "-c", _QUANTIZE_MANY],
-            input=json.dumps(jobs),
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        answers: list[Any] = json.loads(done.stdout)
+        answers: list[Any] = llama_cpp.answer(_QUANTIZE_MANY, jobs)
         return answers
 
     return run

@@ -28,6 +28,11 @@ EXPLAINED = {
     "phiquant.tokenizer.added_tokens": "our own",
     "phiquant.tokenizer.eos_token_ids": "our own",
     "phiquant.version": "our own",
+    "phiquant.norm": "our own",
+    "phiquant.router": "our own",
+    "phiquant.router.jitter": "our own",
+    "phiquant.rope.attention_factor_short": "our own",
+    "phiquant.rope.attention_factor_long": "our own",
     "phiquant.checksum": "our own",
     "phiquant.checksum.tensors": "our own",
 }
@@ -48,6 +53,17 @@ datasets: org/stories-v2
 text
 """
 LONG = {"long_factor": [1.0 + i / 4 for i in range(16)], "short_factor": [1.0 + i / 64 for i in range(16)]}
+MSCALES = {"short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 256}
+MOE = {
+    "architectures": ["PhiMoEForCausalLM"],
+    "model_type": "phimoe",
+    "num_key_value_heads": 1,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "tie_word_embeddings": False,
+}
 GENERATION = {"eos_token_id": [32007, 32001, 32000], "temperature": 0.7, "top_k": 40, "repetition_penalty": 1.05}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -65,6 +81,14 @@ CASES: dict[str, dict[str, Any]] = {
         "templates": [{"name": "default", "template": "d"}, {"name": "tool use", "template": "t"}],
         "card": "---\nmodel_name: My own Phi-3\nmodel_creator: Me\n---\n",
     },
+    "Phi-3.5-MoE-instruct": {
+        "config": {**MOE, "sliding_window": 131072},
+        "rope": {"type": "longrope", **LONG, **MSCALES},
+        "generation": GENERATION,
+        "card": CARD,
+        "shards": 3,
+    },
+    "Phi-mini-MoE-instruct": {"config": {**MOE, "sliding_window": 2047}, "dtype": "F16"},
     "phi3-without-tokenizer-json": {"without": ["tokenizer.json"], "config": {"unk_token_id": 0}},
 }
 
@@ -115,12 +139,20 @@ def _write_weights(directory: Path, config: dict[str, Any], case: dict[str, Any]
         shapes |= {
             f"model.layers.{i}.input_layernorm": (hidden,),
             f"model.layers.{i}.post_attention_layernorm": (hidden,),
+        }
+        if config["model_type"] == "phimoe":
+            shapes |= _moe_layer(f"model.layers.{i}", hidden, ffn, kv, config["num_local_experts"])
+            continue
+        shapes |= {
             f"model.layers.{i}.self_attn.qkv_proj": (hidden + 2 * kv, hidden),
             f"model.layers.{i}.self_attn.o_proj": (hidden, hidden),
             f"model.layers.{i}.mlp.gate_up_proj": (2 * ffn, hidden),
             f"model.layers.{i}.mlp.down_proj": (hidden, ffn),
         }
     tensors = {f"{name}.weight": rng.normal(0, 0.05, shape).astype(dtype) for name, shape in shapes.items()}
+    if config["model_type"] == "phimoe":
+        biased = [name for name in shapes if "norm" in name or "self_attn" in name or name == "lm_head"]
+        tensors |= {f"{name}.bias": rng.normal(0, 0.05, shapes[name][0]).astype(dtype) for name in biased}
     shards = case.get("shards", 1)
     names = [
         f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors" for i in range(shards)
@@ -132,6 +164,16 @@ def _write_weights(directory: Path, config: dict[str, Any], case: dict[str, Any]
         safetensors.save_file(part, directory / name, {"format": "pt"})
     if shards > 1:
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def _moe_layer(layer: str, hidden: int, ffn: int, kv: int, experts: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{layer}.block_sparse_moe.gate": (experts, hidden)}
+    for part, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+        shapes[f"{layer}.self_attn.{part}_proj"] = (rows, hidden)
+    for expert in range(experts):
+        for part, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
+            shapes[f"{layer}.block_sparse_moe.experts.{expert}.{part}"] = shape
+    return shapes
 
 
 @pytest.fixture(scope="module")

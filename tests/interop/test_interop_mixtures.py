@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.cpu]
 
 KINDS = [kind for kind in DEFAULT_TYPES if kind is not FileType.NVFP4]  # which llama-quantize does not offer
 FUSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+PARALLEL = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")
 SPLIT = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 EXPERTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
@@ -43,6 +44,8 @@ class Shape:
 SHAPES = {
     "phi2, 32 layers": Shape("phi2", 32, 32, 32),
     "phi2, 24 layers": Shape("phi2", 24, 32, 32),
+    "phi2, 32 layers, split": Shape("phi2", 32, 32, 32, PARALLEL),
+    "phi2, 24 layers, split": Shape("phi2", 24, 32, 32, PARALLEL),
     "phi3, 32 layers": Shape("phi3", 32, 32, 32),
     "phi3, 40 layers, groups of 4": Shape("phi3", 40, 40, 10),
     "phi3, 32 layers, groups of 3, tied": Shape("phi3", 32, 24, 8, tied=True),
@@ -53,6 +56,10 @@ SHAPES = {
     "phi2, 8 layers": Shape("phi2", 8, 32, 32),
     "phi3, 8 layers, groups of 3, tied": Shape("phi3", 8, 24, 8, tied=True),
     "phimoe, 8 layers, 4 experts": Shape("phimoe", 8, 32, 8, EXPERTS, 4),
+    "llama, 32 layers, as Phi-3-mini": Shape("llama", 32, 32, 32, SPLIT),
+    "llama, 40 layers, as Phi-4": Shape("llama", 40, 40, 10, SPLIT),
+    "llama, 32 layers, as Phi-4-mini": Shape("llama", 32, 24, 8, SPLIT, tied=True),
+    "phimoe, 8 layers, 16 experts": Shape("phimoe", 8, 16, 4, EXPERTS, 16),
     "llama, 22 layers": Shape("llama", 22, 32, 32, SPLIT),
     "llama, 16 layers, groups of 4, tied": Shape("llama", 16, 32, 8, SPLIT, tied=True),
     "llama, 80 layers, groups of 8": Shape("llama", 80, 64, 8, SPLIT),
@@ -62,7 +69,7 @@ SHAPES = {
     "llama, 24 layers, 4 experts": Shape("llama", 24, 32, 32, EXPERTS, 4),
     "llama, 24 layers, 3 experts": Shape("llama", 24, 32, 16, EXPERTS, 3),
 }
-WITH_BYTES = ("phi2, 8 layers", "phi3, 8 layers, groups of 3, tied", "phimoe, 8 layers, 4 experts")
+WITH_BYTES = ("phi2, 8 layers", "phi3, 8 layers, groups of 3, tied", "phimoe, 8 layers, 16 experts")
 
 
 def write(path: Path, shape: Shape) -> Path:

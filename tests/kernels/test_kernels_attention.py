@@ -16,7 +16,7 @@ from phiquant.kernels.cpu import attention
 from phiquant.kernels.cpu.cache import KVCache, StepTables
 from phiquant.kernels.cpu.operation import StepHeader
 from phiquant.kernels.cpu.target import Target, host
-from phiquant.kernels.ops import AttentionShape, Capacity
+from phiquant.kernels.ops import AttentionShape, BlockSparse, Capacity
 from phiquant.quants import dequantize, quantize
 
 pytestmark = pytest.mark.cpu
@@ -32,10 +32,17 @@ class Case:
     shape: AttentionShape
     kind: GGMLType
     sequences: list[tuple[Floats, Floats, Floats]]
+    sparse: BlockSparse | None = None
 
     @classmethod
     def random(
-        cls, shape: AttentionShape, kind: GGMLType, lengths: list[int], seed: int, spread: float = 1.0
+        cls,
+        shape: AttentionShape,
+        kind: GGMLType,
+        lengths: list[int],
+        seed: int,
+        spread: float = 1.0,
+        sparse: BlockSparse | None = None,
     ) -> "Case":
         rng = np.random.default_rng(seed)
 
@@ -49,7 +56,7 @@ class Case:
         for n in lengths:
             q, k, v = draw(n, shape.heads) * np.float32(spread), draw(n, shape.kv_heads), draw(n, shape.kv_heads)
             made.append((q, kept(k), kept(v)))
-        return cls(shape, kind, made)
+        return cls(shape, kind, made, sparse)
 
     def formula(self, sequence: int) -> NDArray[np.float64]:
         q, k, v = (a.astype(np.float64) for a in self.sequences[sequence])
@@ -58,6 +65,10 @@ class Case:
         scores = np.einsum("thc,shc->hts", q, k) * self.shape.scale
         t, s = np.indices(scores.shape[1:])
         seen = (s <= t) & (s > t - (self.shape.window or 1 << 40))
+        if self.sparse is not None:
+            mine, theirs = t // self.sparse.block, s // self.sparse.block
+            head = np.arange(self.shape.heads)[:, None, None]
+            seen = seen & ((mine - theirs < self.sparse.local) | ((theirs + head + 1) % self.sparse.stride == 0))
         scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
@@ -116,6 +127,7 @@ class Case:
             attention.scratch(cache, threads),
             threads,
             target,
+            sparse=self.sparse,
         )
         for first in range(0, tiles, tiles_at_once or tiles):
             header.set("first_tile", first)
@@ -217,6 +229,99 @@ def test_a_long_sequence_token_by_token(each_target, machine, kind) -> None:
         assert same_bits(one, whole[t : t + 1])
 
 
+PATTERNS = st.builds(
+    BlockSparse,
+    st.sampled_from([16, 32, 48, 64, 80, 128, 1 << 20]),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 3, 5, 8]),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    kind=st.sampled_from(TYPES),
+    sparse=PATTERNS,
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=2),
+    spread=st.sampled_from([1.0, 30.0]),
+    page_tokens=st.sampled_from([16, 48, 64]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_sparse_attention_equals_the_formula(
+    each_target, machine, kv_heads, group, kind, sparse, lengths, spread, page_tokens, threads, seed
+) -> None:
+    case = Case.random(shape_of(kv_heads, group, 32), kind, lengths, seed, spread, sparse)
+    parts = [(i, 0, n) for i, n in enumerate(lengths)]
+    got = case.compute(machine, each_target, parts, threads=threads, page_tokens=page_tokens, seed=seed)
+    for i, result in enumerate(got):
+        np.testing.assert_allclose(result, case.formula(i), rtol=0, atol=5e-6 * max(1.0, spread))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    group=st.integers(1, 5),
+    kind=st.sampled_from(TYPES),
+    sparse=PATTERNS,
+    length=st.integers(2, 400),
+    neighbour=st.integers(1, 40),
+    data=st.data(),
+)
+def test_no_division_of_the_work_changes_a_bit_of_sparse_attention(
+    each_target, machine, group, kind, sparse, length, neighbour, data
+) -> None:
+    case = Case.random(shape_of(2, group, 32), kind, [length, neighbour], length, sparse=sparse)
+    (whole,) = case.compute(machine, each_target, [(0, 0, length)], threads=1)
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
+    chunks = list(zip([0, *cuts], [*cuts, length], strict=True))
+    for i, (a, b) in enumerate(chunks):
+        got = case.compute(
+            machine,
+            each_target,
+            [(0, a, b)] if i % 2 else [(1, 0, neighbour), (0, a, b)],
+            threads=data.draw(st.integers(1, 3)),
+            page_tokens=data.draw(st.sampled_from([16, 48, 64, 128])),
+            seed=i,
+            tiles_at_once=data.draw(st.integers(0, 2)),
+        )[-1]
+        assert same_bits(got, whole[a:b])
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_the_released_pattern_of_phi_3_small(each_target, machine, kind) -> None:
+    """Each of 4 heads sees another eighth of the blocks before the nearest 16; in a prompt as token by token."""
+    case = Case.random(shape_of(2, 4, 32), kind, [1500], 5, sparse=BlockSparse(64, 16, 8))
+    expected = case.formula(0)
+    (whole,) = case.compute(machine, each_target, [(0, 0, 1500)])
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=5e-6)
+    for t in range(0, 1500, 149):
+        (one,) = case.compute(machine, each_target, [(0, t, t + 1)], seed=t)
+        assert same_bits(one, whole[t : t + 1])
+
+
+def test_a_pattern_that_leaves_nothing_out_is_dense_attention_to_the_bit(each_target, machine) -> None:
+    """A stride of 1 sees every block, and so do enough near ones."""
+    shape = shape_of(1, 3, 32)
+    dense = Case.random(shape, GGMLType.F16, [300], 6)
+    (expected,) = dense.compute(machine, each_target, [(0, 0, 300)])
+    for sparse in (BlockSparse(64, 1, 1), BlockSparse(16, 19, 7), BlockSparse(1 << 28, 1 << 28, 1 << 28)):
+        (got,) = dataclasses.replace(dense, sparse=sparse).compute(machine, each_target, [(0, 0, 300)])
+        assert same_bits(got, expected)
+
+
+def test_blocks_that_are_never_seen_are_never_read(machine, each_target) -> None:
+    """They may hold NaN, by which what is read and given no weight would still spoil the sum."""
+    sparse = BlockSparse(64, 1, 3)  # of 5 blocks the last sees, with head 0, itself and block 2
+    case = Case.random(shape_of(1, 1, 32), GGMLType.F16, [300], 7, sparse=sparse)
+    expected = case.formula(0)[-1:]
+    _, keys, values = case.sequences[0]
+    for block in (0, 1, 3):
+        keys[64 * block : 64 * block + 64] = values[64 * block : 64 * block + 64] = np.nan
+    (got,) = case.compute(machine, each_target, [(0, 299, 300)])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6)
+
+
 def test_more_heads_than_a_tile_has_rows(machine, each_target) -> None:
     case = Case.random(shape_of(1, 41, 16), GGMLType.F16, [9], 2)
     (got,) = case.compute(machine, each_target, [(0, 0, 9)])
@@ -275,6 +380,12 @@ def test_shapes_that_do_not_fit_are_refused(machine) -> None:
     ):
         with pytest.raises(KernelError):
             attention.bind(q, out, tables, header, cache, layer, memory, threads)
+    attention.bind(region(4, 32), region(4, 32), tables, header, cache, 0, memory, 2, sparse=BlockSparse(48, 1, 2))
+    with pytest.raises(KernelError, match="blocks of 24 keys and a window of 0; possible are multiples of 16"):
+        attention.bind(region(4, 32), region(4, 32), tables, header, cache, 0, memory, 2, sparse=BlockSparse(24, 1, 2))
+    near = KVCache(shape_of(1, 2, 16, window=5), 1, capacity)
+    with pytest.raises(KernelError, match="blocks of 64 keys and a window of 5"):
+        attention.bind(region(4, 32), region(4, 32), tables, header, near, 0, memory, 2, sparse=BlockSparse(64, 1, 2))
     odd = KVCache(shape_of(1, 2, 24), 1, capacity)
     with pytest.raises(KernelError, match="24 channels; possible"):
         attention.bind(region(4, 48), region(4, 48), tables, header, odd, 0, memory, 2)

@@ -20,6 +20,7 @@ from phiquant.gguf.types import GGMLType
 from phiquant.kernels import ops
 from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import backend as backend_module
+from phiquant.kernels.cpu import fusion, library, matmul
 from phiquant.kernels.cpu.backend import CpuBackend, CpuExecutable
 from phiquant.kernels.cpu.describe import describe
 from phiquant.kernels.cpu.operation import Arguments
@@ -29,6 +30,7 @@ from phiquant.kernels.select import select
 
 pytestmark = pytest.mark.cpu
 
+_ENGINES: list[Any] = []  # owners of code that stays in use
 CAPACITY = ops.Capacity(tokens=90, outputs=90, sequences=2, pages=16, page_tokens=32, pages_per_sequence=8, threads=2)
 
 
@@ -360,6 +362,50 @@ print({{name.rpartition(".")[2] for name in _loaded}} == {{{lowering!r}}})
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
+def test_all_kernels_are_asked_for_before_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a step needs has been compiled by other threads, or has been asked of them, when packing begins."""
+    made: dict[str, str] = {}
+    real = library._make
+
+    def make(request: library.Request) -> int:
+        made[request.name] = threading.current_thread().name
+        return real(request)
+
+    def waiting(weight: ops.Weight, **options: Any) -> matmul.Packed:
+        deadline = time.monotonic() + 120
+        while any(t.name.startswith("phiquant-compiler") for t in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return prepare_matrix(weight, **options)
+
+    prepare_matrix = matmul.prepare
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_engine", None)
+    monkeypatch.setattr(library, "_make", make)
+    monkeypatch.setattr(backend_module.matmul, "prepare", waiting)
+    executable = prepare(model(GGMLType.Q4_K))
+    _ENGINES.append(library._engine)  # the team keeps its kernels
+    executable.run(step(model(GGMLType.Q4_K), [(0, 0, 5)]))
+    executable.close()
+    ahead_names = {name for name, thread in made.items() if thread.startswith("phiquant-compiler")}
+    assert {"pack.Q4_K", "matmul.Q4_K", "attention_f16_64", "rotate_store_f16", "rms_norm"} <= ahead_names
+    assert made.keys() == ahead_names
+
+
+def test_a_kernel_that_cannot_be_made_is_told_by_prepare_and_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = threading.active_count()
+    for error in (KernelError("no code"), KeyboardInterrupt()):
+
+        def make(request: library.Request, error: BaseException = error) -> int:
+            raise error if threading.current_thread() is threading.main_thread() else KernelError("told to nobody")
+
+        monkeypatch.setattr(library, "_loaded", {})
+        monkeypatch.setattr(library, "_make", make)
+        with pytest.raises(type(error)):
+            prepare(model())
+        assert threading.active_count() == threads
+
+
 def test_select_names_what_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select().name == "cpu"
     assert select("reference").name == "reference"
@@ -396,11 +442,11 @@ def test_argument_blocks_are_complete_or_refused() -> None:
 def test_only_what_nothing_else_reads_is_gated_on_the_way() -> None:
     program = model(GGMLType.Q4_K)
     products = [op for before, op in itertools.pairwise(program.operations) if isinstance(before, ops.SwiGLU)]
-    assert set(backend_module._gates(program)) == {id(op) for op in products}
+    assert set(fusion.done_before(program)) == {id(op) for op in products}
     first = products[0]
     assert isinstance(first, ops.MatMul)
     sums, counts = np.zeros(first.x.width, np.float64), np.zeros(1, np.int64)
     watched = list(program.operations)
     watched.insert(watched.index(first) + 1, ops.SumSquares(first.x, sums, counts))
     observed = dataclasses.replace(program, operations=tuple(watched))
-    assert set(backend_module._gates(observed)) == {id(op) for op in products[1:]}
+    assert set(fusion.done_before(observed)) == {id(op) for op in products[1:]}

@@ -34,6 +34,20 @@ def test_rows_are_the_reference_dequantizers(name: str, machine: Any) -> None:
     assert np.isnan(region.array[5]).all(), "rows that the step does not have stay as they are"
 
 
+def test_rows_are_scaled(machine: Any) -> None:
+    table, tokens = weight(GGMLType.F16), np.array([4, 36], np.int32)
+    region = machine.region(np.full((2, WIDTH), np.nan, np.float32), 2)
+    Embedding(table, tokens, region, 10.3).run(2)
+    expected = quants.dequantize(table.data, table.type, table.shape)[tokens] * np.float32(10.3)
+    np.testing.assert_array_equal(region.array, expected)
+
+
+def test_columns_of_a_buffer_are_refused(machine: Any) -> None:
+    region = machine.region(np.zeros((4, WIDTH + 8), np.float32), 4).columns(0, WIDTH)
+    with pytest.raises(KernelError, match="some columns"):
+        Embedding(weight(GGMLType.F32), np.zeros(4, np.int32), region)
+
+
 def test_a_weight_of_another_width_is_refused(machine: Any) -> None:
     table = weight(GGMLType.F32)
     with pytest.raises(KernelError, match=r"token_embd\.weight"):

@@ -5,13 +5,22 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import llvmlite.binding as llvm
 import pytest
 
 from phiquant.errors import KernelError
-from phiquant.kernels.cpu import library, target
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cpu import activations, compiler, library, matmul, matmul_tiles, pack, target
+from phiquant.kernels.cpu.compiler import emit_object
 from phiquant.kernels.cpu.emit import I64, Emitter, Value
 from phiquant.kernels.cpu.target import host
 
@@ -155,3 +164,124 @@ def test_one_name_is_compiled_once() -> None:
     word = ctypes.c_int64(1)
     ctypes.CFUNCTYPE(None, ctypes.c_int64)(first)(ctypes.addressof(word))
     assert word.value == 2
+
+
+def triple(e: Emitter, x: Value) -> None:
+    e.store(e.load(x, I64) * 3, x)
+
+
+def called(address: int, value: int) -> int:
+    word = ctypes.c_int64(value)
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)(ctypes.addressof(word))
+    return word.value
+
+
+def together(works: list[Callable[[], Any]]) -> list[Any]:
+    """Results of functions that threads begin at one time."""
+    begin = threading.Barrier(len(works))
+
+    def run(work: Callable[[], Any]) -> Any:
+        begin.wait()
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(run, work) for work in works]]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """Names of the kernels that were compiled, with an empty cache."""
+    monkeypatch.setenv("PHIQUANT_CACHE_DIR", str(tmp_path / "cache"))
+    names: list[str] = []
+    library.on_compile.append(names.append)
+    yield names
+    library.on_compile.remove(names.append)
+
+
+def test_many_threads_that_want_one_kernel_wait_for_one_to_make_it(compiled: list[str]) -> None:
+    emitted = []
+
+    def body(e: Emitter, x: Value) -> None:
+        emitted.append(threading.get_ident())
+        time.sleep(0.05)
+        triple(e, x)
+
+    name = f"test.shared.{uuid.uuid4()}"
+    addresses = together([lambda: library.function(name, 1, body)] * 12)
+    assert len(set(addresses)) == len(emitted) == 1
+    assert compiled == [name]
+    assert called(addresses[0], 14) == 42
+
+
+def test_different_kernels_are_made_at_one_time(compiled: list[str]) -> None:
+    """Each body waits until all the others are being emitted: with one lock for all, none would get on."""
+    inside = threading.Barrier(4, timeout=30)
+
+    def plus(n: int) -> Callable[..., None]:
+        def body(e: Emitter, x: Value) -> None:
+            inside.wait()
+            e.store(e.load(x, I64) + n, x)
+
+        return body
+
+    names = [f"test.plus.{n}.{uuid.uuid4()}" for n in range(4)]
+    addresses = together([partial(library.function, name, 1, plus(n)) for n, name in enumerate(names)])
+    assert [called(address, 10) for address in addresses] == [10, 11, 12, 13]
+    assert sorted(compiled) == sorted(names)
+
+
+@pytest.mark.slow
+def test_what_threads_compile_side_by_side_is_what_one_compiles_alone() -> None:
+    """Real kernels, twice each and again and again: LLVM is in use by all threads, past llvmlite's lock."""
+    t = host()
+    bodies = [matmul_tiles.body(matmul.FORMATS[kind], t) for kind in (GGMLType.F16, GGMLType.Q8_0)]
+    bodies += [activations.body(matmul.FORMATS[kind].activations) for kind in (GGMLType.Q4_0, GGMLType.Q4_K)]
+    bodies += [pack._body(matmul.FORMATS[kind]) for kind in (GGMLType.Q4_0, GGMLType.Q6_K, GGMLType.F32)]
+
+    def made(body: Callable[..., None]) -> bytes:
+        return emit_object(library._module("kernel", 4, body, t), t)
+
+    alone = [made(body) for body in bodies]
+    for _ in range(2):
+        assert together([partial(made, body) for body in bodies * 2]) == alone * 2
+
+
+def test_the_long_calls_do_not_wait_for_llvmlites_lock() -> None:
+    t = host()
+    machine = t.machine()
+    module = llvm.parse_assembly(library._module("kernel", 1, triple, t), llvm.create_context())
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options())
+    passes, said = builder.getModulePassManager(), compiler.ffi.OutputString()
+    optimise, emit = map(compiler._direct, ("LLVMPY_RunNewModulePassManager", "LLVMPY_TargetMachineEmitToMemory"))
+    with ThreadPoolExecutor(1) as other, compiler.ffi.lib._lock:
+        other.submit(optimise, passes, module, builder).result(30)
+        buffer = other.submit(emit, machine, module, 1, said).result(30)
+    assert compiler.ffi.lib.LLVMPY_GetBufferSize(buffer) > 100
+    compiler.ffi.lib.LLVMPY_DisposeMemoryBuffer(buffer)
+
+
+def test_a_failure_is_told_to_each_who_asks_and_leaves_nothing(compiled: list[str]) -> None:
+    def broken(e: Emitter, x: Value) -> None:
+        raise KernelError("no such kernel")
+
+    def attempt() -> str:
+        with pytest.raises(KernelError) as caught:
+            library.function(name, 1, broken)
+        return str(caught.value)
+
+    name = f"test.broken.{uuid.uuid4()}"
+    assert together([attempt] * 4) == ["no such kernel"] * 4
+    assert called(library.function(name, 1, triple), 2) == 6, "another try may succeed"
+
+
+def test_asking_makes_nothing_and_tells_what_was_asked_for(compiled: list[str]) -> None:
+    first, second = (f"test.asked.{uuid.uuid4()}" for _ in range(2))
+    with library.asking() as asked:
+        assert [library.function(name, 1, triple) for name in (first, second, first)] == [0, 0, 0]
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(library.function, "test.another", 1, triple).result() != 0, "other threads go on"
+    assert [request.name for request in asked.values()] == [first, second]
+    assert not set(compiled) & {first, second}
+    addresses = {request.make() for request in asked.values()}
+    assert addresses == {library.function(name, 1, triple) for name in (first, second)}
+    assert [called(address, 5) for address in addresses] == [15, 15]

@@ -4,7 +4,6 @@ The truth is float64 arithmetic on the operands the kernel works with: dequantiz
 """
 
 import ctypes
-import dataclasses
 import mmap
 import re
 import sys
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 from phiquant import quants
 from phiquant.errors import KernelError, UnsupportedError
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.cpu import activations, library, matmul, matmul_tiles, swiglu
+from phiquant.kernels.cpu import activations, library, matmul, matmul_tiles
 from phiquant.kernels.cpu.matmul_blocks import WideLevels
-from phiquant.kernels.cpu.operation import NativeOp, Region, aligned
+from phiquant.kernels.cpu.operation import Region, aligned
 from phiquant.kernels.cpu.target import Target, host
 from phiquant.kernels.ops import Weight
 from phiquant.kernels.reference.activations import activation_block, round_activations
@@ -79,6 +78,7 @@ def product(
     *,
     used: int | None = None,
     start: NDArray[np.float32] | None = None,
+    bias: NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> NDArray[np.float32]:
     """out [len(x), rows], rows beyond `used` and the surroundings checked to be untouched; `start` is added to."""
@@ -95,7 +95,13 @@ def product(
     buffers = aligned(room + 64)
     buffers[:] = 0xA5
     bound = matmul.bind(
-        packed, *regions, add=start is not None, scratch=scratch[:needed], threads=threads, buffers=buffers[:room]
+        packed,
+        *regions,
+        add=start is not None,
+        scratch=scratch[:needed],
+        threads=threads,
+        buffers=buffers[:room],
+        bias=bias,
     )
     machine.run(*bound, threads=threads)
     assert np.isnan(around[:64]).all()
@@ -266,12 +272,7 @@ def test_rounds_activations_as_the_reference_does(kind: GGMLType, each_target: T
     x[4] = 1e-40
     chunks, padded = 2, activations.PADDING
     scratch = np.zeros(chunks * padded * form.stride, np.uint8)
-    region = machine.region(x, 7)
-    block_of_words = activations.ARGUMENTS.pack(
-        count=region.count, x=region.address, out=scratch.ctypes.data, columns=512
-    )
-    kernel = library.function(f"activations.{form.name}", 4, activations.body(form), each_target)
-    machine.run(NativeOp(kernel, block_of_words, (x, scratch)), threads=2)
+    machine.run(activations.bind(form, machine.region(x, 7), scratch, 512, None, each_target), threads=2)
     stored = scratch.reshape(chunks, padded, form.stride).transpose(1, 0, 2)
     assert not stored[7:].any()
     levels, scales = round_activations(x, block)
@@ -376,20 +377,3 @@ def test_unpacked_gives_the_same_bits(kind: GGMLType, machine: Any) -> None:
 @pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q4_K, GGMLType.IQ2_S], ids=lambda t: t.name)
 def test_unpacked_gives_the_same_bits_in_every_lowering(kind: GGMLType, each_target: Target, machine: Any) -> None:
     check_unpacked(kind, each_target, machine)
-
-
-@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_K], ids=lambda kind: kind.name)
-def test_gating_on_the_way_changes_no_bit(kind: GGMLType, each_target: Target, machine: Any) -> None:
-    rng = np.random.default_rng(11)
-    for count, columns in ((1, 768), (21, 256 if kind is not GGMLType.F16 else 301)):
-        packed = matmul.prepare(random_weight(kind, 40, columns, rng), target=each_target)
-        x = (rng.standard_normal((count, 2 * columns)) * 4).astype(np.float32)
-        between, apart, together = (np.zeros((count, width), np.float32) for width in (columns, 40, 40))
-        scratch = np.zeros(matmul.scratch_bytes(packed, count), np.uint8)
-        regions = [machine.region(array, count) for array in (x, between, apart, together)]
-        first, second, third, fourth = (dataclasses.replace(r, count=regions[0].count) for r in regions)
-        options = {"add": False, "scratch": scratch, "threads": 2}
-        machine.run(swiglu.bind(first, second, each_target), *matmul.bind(packed, second, third, **options))
-        machine.run(*matmul.bind(packed, first, fourth, gated=True, **options))
-        assert np.array_equal(apart, together)
-        assert np.abs(apart).max() > 0

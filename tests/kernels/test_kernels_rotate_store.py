@@ -27,15 +27,28 @@ TYPES = tuple(CACHE_TYPES.values())
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     page_tokens=st.sampled_from([16, 64]),
     threads=st.integers(1, 3),
+    neighbours=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_it_equals_the_formula_to_the_bit(
-    each_target, machine, poisoned, kv_heads, group, head_size, kind, portion, lengths, page_tokens, threads, seed
+    each_target,
+    machine,
+    poisoned,
+    kv_heads,
+    group,
+    head_size,
+    kind,
+    portion,
+    lengths,
+    page_tokens,
+    threads,
+    neighbours,
+    seed,
 ) -> None:
     rng = np.random.default_rng(seed)
     head_size = -(-head_size // kind.block_elements) * kind.block_elements
     rotary = int(head_size * portion) // 2 * 2
-    shape = AttentionShape(kv_heads * group, kv_heads, head_size, rotary, 1.0)
+    shape = AttentionShape(kv_heads * group, kv_heads, head_size, rotary, 1.0, neighbours=neighbours)
     n, room = sum(lengths), sum(lengths) + 1
     capacity = Capacity(
         tokens=room,
@@ -59,9 +72,14 @@ def test_it_equals_the_formula_to_the_bit(
     machine.run(operation, threads=threads)
 
     heads = qkv[:n].reshape(n, -1, head_size)
-    a, b = heads[:, :, : rotary // 2], heads[:, :, rotary // 2 : rotary]
+    half = rotary // 2
+    first, second = np.s_[:half], np.s_[half:rotary]
+    if neighbours:
+        first, second = np.s_[:rotary:2], np.s_[1:rotary:2]
+    a, b = heads[:, :, first], heads[:, :, second]
     cos, sin = tables.cos[:n, None], tables.sin[:n, None]
-    rotated = np.concatenate([a * cos - b * sin, b * cos + a * sin, heads[:, :, rotary:]], axis=2)
+    rotated = heads.copy()
+    rotated[:, :, first], rotated[:, :, second] = a * cos - b * sin, b * cos + a * sin
     assert np.array_equal(q_out[:n], rotated[:, : shape.heads].reshape(n, -1))
     assert np.isnan(q_out[n:]).all()
 

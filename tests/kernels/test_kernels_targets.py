@@ -10,10 +10,27 @@ import pytest
 
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cache_types import CACHE_TYPES
-from phiquant.kernels.cpu import attention, matmul, matmul_tiles, rms_norm, rotate_store, select_rows, swiglu, team
+from phiquant.kernels.cpu import (
+    attention,
+    combine,
+    expert_matmul,
+    layer_norm,
+    matmul,
+    matmul_tiles,
+    pointwise,
+    rms_norm,
+    rotate_store,
+    route,
+    select_rows,
+    sum_squares,
+    team,
+)
 from phiquant.kernels.cpu.cache_elements import elements_of
 from phiquant.kernels.cpu.emit import I64, Emitter, Value
+from phiquant.kernels.cpu.gegelu import gegelu
+from phiquant.kernels.cpu.gelu import GELU
 from phiquant.kernels.cpu.library import emit_assembly, function
+from phiquant.kernels.cpu.swiglu import SWIGLU
 from phiquant.kernels.cpu.target import Target
 
 pytestmark = pytest.mark.cpu
@@ -41,10 +58,19 @@ DOTS = {
 }
 KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     **{f"attention {kind.name}": (4, attention._emitter(96, elements_of(kind))) for kind in CACHE_TYPES.values()},
+    "attention sparse": (4, attention._emitter(96, elements_of(GGMLType.F16), sparse=True)),
     "rms_norm": (4, rms_norm._emit),
-    "swiglu": (4, swiglu._emit),
+    "layer_norm": (4, layer_norm._emit),
+    **{f.name: (4, pointwise.body(f)) for f in (SWIGLU, GELU, gegelu(20.0))},
     "select_rows": (4, select_rows._emit),
-    **{f"rotate_store {kind.name}": (4, rotate_store._emitter(elements_of(kind))) for kind in CACHE_TYPES.values()},
+    "route": (4, route._emit),
+    "combine": (4, combine._emit),
+    "sum_squares": (4, sum_squares._emit_routed),
+    **{
+        f"rotate_store {kind.name}{turn.__name__}": (4, rotate_store._emitter(elements_of(kind), turn))
+        for kind in CACHE_TYPES.values()
+        for turn in (rotate_store._turn_halves, rotate_store._turn_neighbours)
+    },
 }
 
 
@@ -71,7 +97,9 @@ def test_kernels_are_instructions_alone(case: tuple[Target, str], name: str) -> 
     arguments, body = KERNELS[name]
     assembly = emit_assembly(name, arguments, body, target)
     assert named(assembly) == set()
-    assert (fused in assembly) == (name.split()[0] in ("attention", "rms_norm", "swiglu"))
+    assert (fused in assembly) == (
+        name.split()[0] in ("attention", "rms_norm", "layer_norm", "swiglu", "gelu", "gegelu", "route")
+    )
 
 
 def test_threads_wait_as_the_system_has_it(case: tuple[Target, str]) -> None:
@@ -91,10 +119,15 @@ def test_threads_wait_as_the_system_has_it(case: tuple[Target, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", [GGMLType.Q4_K, GGMLType.Q8_0], ids=lambda kind: kind.name)
-def test_products_are_dot_instructions(case: tuple[Target, str], name_of_target: str, kind: GGMLType) -> None:
+@pytest.mark.parametrize("experts", [False, True])
+def test_products_are_dot_instructions(
+    case: tuple[Target, str], name_of_target: str, kind: GGMLType, experts: bool
+) -> None:
     """Both ways through a panel: one takes few columns, the other many, and neither multiplies bytes otherwise."""
     target, _ = case
-    assembly = emit_assembly("matmul", 4, matmul_tiles.body(matmul.FORMATS[kind], target), target)
+    f = matmul.FORMATS[kind]
+    body = expert_matmul.body(f) if experts else matmul_tiles.body(f, target)
+    assembly = emit_assembly("matmul", 4, body, target)
     multiplied = r"^\s+((?:\{vex\}\s+)?(?:u?sdot|us?mmla|smmla|v?pdpbusds?|v?pmaddubsw)\b.*)$"
     found = re.findall(multiplied, assembly, re.MULTILINE)
     for expected in DOTS[name_of_target]:

@@ -33,7 +33,7 @@ CONFIG = Phi3Config(
 @pytest.mark.parametrize("regime", list(Regime))
 def test_rotation_is_the_formula(regime: Regime) -> None:
     factors = CONFIG.rope_factors_short if regime is Regime.SHORT else CONFIG.rope_factors_long
-    cos, sin = Rope(CONFIG).rotation(np.arange(5, 200, dtype=np.int32), regime)
+    cos, sin = Rope(CONFIG.rotary).rotation(np.arange(5, 200, dtype=np.int32), regime)
     angles = np.arange(5, 200)[:, None] / (np.array(factors) * 10000.0 ** (np.arange(6) / 6))
     assert cos.dtype == sin.dtype == np.float32
     assert np.abs(cos - 1.2 * np.cos(angles)).max() < 2e-5
@@ -41,12 +41,12 @@ def test_rotation_is_the_formula(regime: Regime) -> None:
 
 
 def test_the_regime_follows_the_length_of_the_sequence() -> None:
-    rope = Rope(CONFIG)
+    rope = Rope(CONFIG.rotary)
     assert [rope.regime(n) for n in (1, 128, 129)] == [Regime.SHORT, Regime.SHORT, Regime.LONG]
 
 
 def test_models_without_longrope_have_one_regime() -> None:
-    rope = Rope(replace(CONFIG, rope_factors_short=None, rope_factors_long=None))
+    rope = Rope(replace(CONFIG, rope_factors_short=None, rope_factors_long=None).rotary)
     assert rope.regime(100_000) is Regime.SHORT
     cos, _ = rope.rotation(np.array([1], np.int32), Regime.SHORT)
     assert np.allclose(cos[0] / 1.2, np.cos(10000.0 ** -(np.arange(6) / 6)), atol=1e-6)

@@ -4,6 +4,7 @@ Weights are larger than a fresh model's: scores of attention spread by 1 and log
 mask shows at once (`test_the_vectors_tell_the_regimes_apart`).
 """
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 
 from phiquant.convert import convert
 
+HERE = Path(__file__).parent
 VECTORS = Path(__file__).parents[1] / "vectors"
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
@@ -38,6 +40,9 @@ class Model:
     partial: float = 1.0
     original: int = 0  # LongRoPE's border; 0 without LongRoPE
     window: int | None = None
+
+    architecture = "phi3"
+    classes = ("Phi3ForCausalLM", "Phi3Config")  # of transformers
 
     @property
     def hidden(self) -> int:
@@ -120,6 +125,33 @@ MODELS = {
         Model("window_64", 17, heads=4, kv_heads=4, head_size=64, window=47),
     )
 }
+
+
+def _models(path: Path) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return dict(module.MODELS)
+
+
+_FAMILIES = {path.stem.removeprefix("models_"): _models(path) for path in sorted(HERE.glob("models_*.py"))}
+# Those of the other architectures, each in a file of its own: architecture -> name -> model. Those that transformers
+# does not make of their `classes` have tests of their own.
+FAMILIES = {
+    family: models
+    for family, models in _FAMILIES.items()
+    if all(hasattr(model, "classes") for model in models.values())
+}
+
+
+def vector_file(model: Any) -> Path:
+    """What transformers said of a model."""
+    return VECTORS / f"{model.architecture}_{model.name}.npz"
+
+
 # Sequences for the vectors: ids whose log-probabilities are kept for each token.
 KEPT = np.random.Generator(np.random.PCG64(1)).choice(32000, 64, replace=False)
 
@@ -149,7 +181,41 @@ def kl(truth: np.ndarray, ours: np.ndarray) -> float:
     return float((np.exp(truth) * (truth - ours)).sum(axis=1).mean())
 
 
-@pytest.fixture
+def saved(model: Any, directory: Path) -> Any:
+    """A transformers model with the weights of `model`, saved by save_pretrained."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    made_of, configured_by = (getattr(transformers, name) for name in model.classes)
+    settings = {k: v for k, v in model.config().items() if k not in ("architectures", "model_type", "dtype")}
+    made = made_of._from_config(configured_by(**settings), attn_implementation="eager", dtype=torch.float32)
+    state = {name: torch.from_numpy(value) for name, value in model.weights().items()}
+    missing, unexpected = made.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert missing == (["lm_head.weight"] if settings["tie_word_embeddings"] else [])
+    made.eval().save_pretrained(directory)
+    copy_tokenizer(directory)
+    return made
+
+
+def truth(made: Any, ids: list[int]) -> np.ndarray:
+    """What a transformers model says of a text: log-probabilities [tokens, vocabulary]."""
+    import torch
+
+    with torch.no_grad():
+        return log_softmax(made(torch.tensor([ids])).logits[0].numpy())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `phi2` runs on every model of models_phi2.py, and so on; for `other`, on all of those."""
+    for family, models in [
+        *FAMILIES.items(),
+        ("other", {f"{f}_{n}": m for f in FAMILIES for n, m in FAMILIES[f].items()}),
+    ]:
+        if family in metafunc.fixturenames:
+            metafunc.parametrize(family, list(models.values()), ids=list(models))
+
+
+@pytest.fixture(scope="session")
 def parity() -> ModuleType:
     """This module, for the tests beside it."""
     return sys.modules[__name__]

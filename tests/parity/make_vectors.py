@@ -1,10 +1,13 @@
-"""Writes tests/vectors/phi3_*.npz: what transformers, in float32, says of the models in conftest.py.
+"""Writes tests/vectors/*.npz: what transformers, in float32, says of the models in conftest.py and models_*.py.
 
-    PYTHONPATH=src python tests/parity/make_vectors.py        needs torch and transformers
+    PYTHONPATH=src python tests/parity/make_vectors.py [phi2 ...]        needs torch and transformers
+
+With names, of these architectures only.
 
 Each model's file holds the tokens, the likeliest next token after each, and the log-probabilities of 64 fixed tokens.
 """
 
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import KEPT, MODELS, TINY, VECTORS, log_softmax, write_checkpoint
+from conftest import FAMILIES, KEPT, MODELS, TINY, VECTORS, log_softmax, vector_file, write_checkpoint
 
 PROMPT = [9038, 2501, 263, 931, 727, 471, 263, 2217, 7826]  # Once upon a time there was a little girl
 GENERATED = 64
@@ -35,19 +38,21 @@ def greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
     return made[0, len(ids) :].tolist()
 
 
-def main() -> None:
+def main(wanted: list[str]) -> None:
     VECTORS.mkdir(exist_ok=True)
-    for model in MODELS.values():
+    families = {"phi3": MODELS, **FAMILIES}
+    for model in [model for family in wanted or families for model in families[family].values()]:
         with TemporaryDirectory() as directory:
             found = log_softmax(logits(load(write_checkpoint(model, Path(directory))), model.ids()))
-        path = VECTORS / f"phi3_{model.name}.npz"
+        path = vector_file(model)
         np.savez_compressed(
             path, ids=model.ids(), top=found.argmax(axis=1).astype(np.int32), kept=found[:, KEPT].astype(np.float32)
         )
         print(path.name, path.stat().st_size)
-    np.savez_compressed(VECTORS / "phi3_tiny.npz", prompt=PROMPT, generated=greedy(load(TINY), PROMPT, GENERATED))
+    if not wanted or "phi3" in wanted:
+        np.savez_compressed(VECTORS / "phi3_tiny.npz", prompt=PROMPT, generated=greedy(load(TINY), PROMPT, GENERATED))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main()
+    main(sys.argv[1:])

@@ -17,35 +17,11 @@ CLOSE = 0.01  # in log-probability
 BACKENDS = ("reference", "cpu")
 
 
-def saved(parity: Any, model: Any, directory: Path) -> Any:
-    """A transformers model with the weights of `model`, saved by save_pretrained."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    settings = {k: v for k, v in model.config().items() if k not in ("architectures", "model_type", "dtype")}
-    made = transformers.Phi3ForCausalLM._from_config(
-        transformers.Phi3Config(**settings), attn_implementation="eager", dtype=torch.float32
-    )
-    state = {name: torch.from_numpy(value) for name, value in model.weights().items()}
-    missing, unexpected = made.load_state_dict(state, strict=False)
-    assert unexpected == []
-    assert missing == (["lm_head.weight"] if model.tied else [])
-    made.eval().save_pretrained(directory)
-    parity.copy_tokenizer(directory)
-    return made
-
-
-def truth(parity: Any, made: Any, ids: list[int]) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return parity.log_softmax(made(torch.tensor([ids])).logits[0].numpy())
-
-
 def test_divergence_from_transformers(
     parity: Any, model: Any, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    made = saved(parity, model, tmp_path / "hf")
-    expected = truth(parity, made, model.ids())
+    made = parity.saved(model, tmp_path / "hf")
+    expected = parity.truth(made, model.ids())
     convert(tmp_path / "hf", tmp_path / "model.gguf", "f32")
     for backend in BACKENDS:
         for cache_type in MOST_KL:
@@ -66,7 +42,7 @@ def test_divergence_from_transformers(
 def test_generation_across_the_border_of_longrope(parity: Any, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     model = parity.MODELS["longrope_above_96"]
-    made = saved(parity, model, tmp_path / "hf")
+    made = parity.saved(model, tmp_path / "hf")
     prompt = model.ids()[:120]
     generated = made.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0

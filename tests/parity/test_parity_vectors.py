@@ -11,6 +11,8 @@ from phiquant import LLM
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
+BACKENDS = ("reference", "cpu")  # of the architectures besides Phi-3
+
 
 def divergence(difference: np.ndarray) -> float:
     """KL divergence estimated from differences of log-probabilities at random tokens, to second order."""
@@ -31,6 +33,18 @@ def test_log_probabilities_equal_those_of_transformers(
         assert divergence(found[:, parity.KEPT] - expected["kept"]) < most, cache_type
         if cache_type == "f32":
             assert (found.argmax(axis=1) == expected["top"]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probabilities_of_other_architectures(
+    parity: Any, other: Any, files: Callable[[Any], Path], backend: str
+) -> None:
+    expected = np.load(parity.vector_file(other))
+    assert expected["ids"].tolist() == other.ids()
+    with LLM.load(files(other), backend=backend, cache_type="f32") as llm:
+        found = parity.log_softmax(llm.logits(other.ids()))
+    assert divergence(found[:, parity.KEPT] - expected["kept"]) < 1e-9
+    assert (found.argmax(axis=1) == expected["top"]).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -79,3 +79,33 @@ def plain(published: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     state = json.loads(published.to_str())
     state["added_tokens"] = []
     return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def byte_level_metadata(state: dict[str, Any], size: int | None = None, **more: Any) -> dict[str, Any]:
+    """What a converter writes for a byte-level tokenizer.json, built by the rules of the format."""
+    vocab, listed = state["model"]["vocab"], state["added_tokens"]
+    count = 1 + max([*vocab.values(), *(token["id"] for token in listed)])
+    tokens = [f"[PAD{i}]" for i in range(size or count)]
+    types = np.full(len(tokens), 5, np.int32)
+    for text, i in vocab.items():
+        tokens[i], types[i] = text, 1
+    for token in listed:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = 3 if token["special"] or token["content"].startswith("<|") else 4
+    steps = json.dumps(state["pre_tokenizer"])
+    pre = "gpt-4o" if "Lu" in steps else "dbrx" if "Split" in steps else "phi-2"
+    keys = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [" ".join(merge) for merge in state["model"]["merges"]],
+        **more,
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    return metadata | {"phiquant.tokenizer.added_tokens": json.dumps(listed)}
+
+
+@pytest.fixture(scope="session")
+def as_metadata() -> Callable[..., dict[str, Any]]:
+    return byte_level_metadata

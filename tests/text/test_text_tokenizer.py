@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from phiquant.errors import RequestError, TokenError, TokenizerError, UnsupportedError
 from phiquant.gguf import GGUFFile, GGUFWriter, ValueType
 from phiquant.text import AddedToken, Tokenizer, TokenType, Vocabulary, added_tokens_from_hf, added_tokens_to_json
-from phiquant.text.bpe import SHORT_TEXT, PieceEncoder
+from phiquant.text.pieces import PieceEncoder
+from phiquant.text.words import SHORT_TEXT
 
 MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
 SPECIALS = [
@@ -372,7 +373,7 @@ def test_attributes_mean_what_tokenizers_means(flags: list[dict[str, bool]], tex
 
 BROKEN: list[tuple[str, Any, type[Exception], str]] = [
     ("tokenizer.ggml.model", None, TokenizerError, "no tokenizer"),
-    ("tokenizer.ggml.model", "gpt2", UnsupportedError, "'gpt2' is not supported.*'llama'"),
+    ("tokenizer.ggml.model", "bert", UnsupportedError, "'bert' is not supported.*'llama'.*'gpt2'"),
     ("tokenizer.ggml.model", 7, TokenizerError, "must be a string"),
     ("tokenizer.ggml.tokens", None, TokenizerError, "non-empty array of strings"),
     ("tokenizer.ggml.tokens", ["a", 1], TokenizerError, "non-empty array of strings"),

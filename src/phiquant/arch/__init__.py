@@ -4,17 +4,40 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
+from phiquant.arch.config import Config, Rotary
+from phiquant.arch.llama import LlamaConfig
+from phiquant.arch.phi2 import Phi2Config
 from phiquant.arch.phi3 import Phi3Config
+from phiquant.arch.phi3small import Phi3SmallConfig
+from phiquant.arch.phimoe import PhiMoEConfig
 from phiquant.errors import ArchitectureError, GGUFError, UnsupportedError
 from phiquant.gguf import GGUFFile, keys
 
-__all__ = ["ARCHITECTURES", "Phi3Config", "load"]
+__all__ = [
+    "ARCHITECTURES",
+    "Config",
+    "LlamaConfig",
+    "Phi2Config",
+    "Phi3Config",
+    "Phi3SmallConfig",
+    "PhiMoEConfig",
+    "Rotary",
+    "load",
+]
 
-ARCHITECTURES: Final[Mapping[str, Callable[[GGUFFile], Phi3Config]]] = MappingProxyType({"phi3": Phi3Config.from_gguf})
+ARCHITECTURES: Final[Mapping[str, Callable[[GGUFFile], Config]]] = MappingProxyType(
+    {
+        "llama": LlamaConfig.from_gguf,
+        "phi2": Phi2Config.from_gguf,
+        "phi3": Phi3Config.from_gguf,
+        "phi3small": Phi3SmallConfig.from_gguf,
+        "phimoe": PhiMoEConfig.from_gguf,
+    }
+)
 """The known values of `general.architecture`, each with the function that reads its hyperparameters."""
 
 
-def load(gguf: GGUFFile) -> Phi3Config:
+def load(gguf: GGUFFile) -> Config:
     """The checked hyperparameters of the model in a file.
 
     ArchitectureError for an unknown architecture, UnsupportedError for a lone part of a split model, GGUFError where

@@ -7,6 +7,7 @@ OUTPUT_NORM: Final = "output_norm.weight"
 OUTPUT: Final = "output.weight"  # absent where the embedding is used again (tied)
 ROPE_FACTORS_LONG: Final = "rope_factors_long.weight"
 ROPE_FACTORS_SHORT: Final = "rope_factors_short.weight"
+ROPE_FREQS: Final = "rope_freqs.weight"  # factors that hold for sequences of any length
 
 
 def attn_norm(block: int) -> str:
@@ -57,3 +58,28 @@ def ffn_up(block: int) -> str:
 def ffn_down(block: int) -> str:
     """A block's projection back to the residual stream."""
     return f"blk.{block}.ffn_down.weight"
+
+
+def ffn_gate_inp(block: int) -> str:
+    """A block's router: it scores the experts."""
+    return f"blk.{block}.ffn_gate_inp.weight"
+
+
+def ffn_gate_exps(block: int) -> str:
+    """The gate projections of a block's experts."""
+    return f"blk.{block}.ffn_gate_exps.weight"
+
+
+def ffn_up_exps(block: int) -> str:
+    """The up projections of a block's experts."""
+    return f"blk.{block}.ffn_up_exps.weight"
+
+
+def ffn_down_exps(block: int) -> str:
+    """The projections of a block's experts back to the residual stream."""
+    return f"blk.{block}.ffn_down_exps.weight"
+
+
+def bias(weight: str) -> str:
+    """The bias that belongs to a weight of this name."""
+    return f"{weight.removesuffix('.weight')}.bias"

@@ -1,7 +1,9 @@
 """Speeds of one model.
 
 As in llama-bench: "pp" is the time of a prompt of random tokens, "tg" the time of generating so many tokens one by one,
-either behind `depth` tokens that are computed before and not timed; a first run is not counted.
+either behind `depth` tokens that are computed before and not timed; a first run is not counted. Where generated tokens
+cross the border of LongRoPE, the engine computes all before them again with other factors, and that is timed: it is
+what generating them costs. A prompt that ends beyond the border finds what is before it computed as it needs it.
 """
 
 import itertools
@@ -30,6 +32,7 @@ class Setting:
     threads: int
     batch: int
     cache_type: str
+    bf16_dot: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def jobs(
     threads: Iterable[int] = (0,),
     cache_types: Iterable[str] = ("f16",),
     context: int = 0,
+    bf16_dot: bool = False,
 ) -> list[Job]:
     """Every combination, those that share a loaded model together; 0 tokens leave a test out.
 
@@ -77,7 +81,7 @@ def jobs(
     """
     tests = [(p, 0) for p in prompts if p] + [(0, n) for n in generated if n] + [(p, n) for p, n in both if p or n]
     settings = [
-        Setting(os.fspath(model), count, batch, kind)
+        Setting(os.fspath(model), count, batch, kind, bf16_dot)
         for model, count, batch, kind in itertools.product(models, threads, batches, cache_types)
     ]
     found = [
@@ -101,6 +105,7 @@ class Bench:
             threads=setting.threads,
             batch=setting.batch,
             cache_type=setting.cache_type,
+            bf16_dot=setting.bf16_dot,
             speculate=False,  # all tests are to cost what they cost on any text
         )
         if self.llm.context < room:
@@ -126,7 +131,7 @@ class Bench:
         before, computed = self._random(job.depth), 0
         if before:
             # What is timed must find its beginning computed, and beyond the border of LongRoPE all of it is another.
-            border = self.llm.config.original_context_length
+            border = self.llm.config.rotary.original_context_length
             beyond = job.prompt or 1
             more = beyond if len(before) <= border < len(before) + beyond else 0
             self.llm.generate([*before, *self._random(more)], max_tokens=1, temperature=0, ignore_eos=True)

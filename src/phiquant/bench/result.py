@@ -49,6 +49,7 @@ class Result:
             "n_threads": self.threads,
             "n_batch": setting.batch,
             "type_kv": setting.cache_type,
+            "bf16_dot": setting.bf16_dot,
             "n_prompt": self.job.prompt,
             "n_gen": self.job.generated,
             "n_depth": self.job.depth,

@@ -131,7 +131,7 @@ class Calibration:
                 threads=threads,
             )
             self._executable = select(backend, tell).prepare(program, capacity)
-            rope = Rope(config)
+            rope = Rope(config.rotary)
             self._cos, self._sin = rope.rotation(np.arange(context, dtype=np.int32), rope.regime(context))
         except BaseException:
             self._gguf.close()

@@ -1,8 +1,8 @@
 """A recorded model with observations before its matrix multiplications.
 
 The model stays as it is recorded: its Program is a list of operations, and a `SumSquares` before a `MatMul` reads what
-the MatMul reads. A mixture of experts, one operation that gives every expert rows of its own, will have an observation
-with one row of sums and one count for each expert; what is made of them here, and the files, hold such already.
+the MatMul reads. Before an `ExpertMatMul` it adds up for every expert what is routed to it: a row of sums and a count
+for each.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.errors import WeightsError
-from phiquant.kernels.ops import Buffer, MatMul, Operation, Program, SumSquares
+from phiquant.kernels.ops import Buffer, ExpertMatMul, MatMul, Operation, Program, Route, SumSquares
 
 __all__ = ["Observation", "observe"]
 
@@ -37,27 +37,29 @@ class Observation:
 
 
 def observe(program: Program, wanted: Callable[[str], bool]) -> tuple[Program, list[Observation]]:
-    """The Program with an observation before every MatMul whose weight's name is `wanted`, and the observations.
+    """The Program with an observation before every multiplication whose weight's name is `wanted`, and those.
 
-    Weights that read the same rows share one.
+    Weights that read the same rows, by the same routes, share one.
     """
     operations: list[Operation] = []
     observations: list[Observation] = []
-    current: dict[int, int] = {}  # buffers whose rows are observed as they are now: index of their observation
+    # Buffers whose rows are observed as they are now, and how they are routed: index of their observation.
+    current: dict[tuple[Buffer, Route | None], int] = {}
     for operation in program.operations:
-        if isinstance(operation, MatMul) and wanted(operation.weight.name):
-            x, name = operation.x, operation.weight.name
-            index = current.get(id(x))
+        if isinstance(operation, MatMul | ExpertMatMul) and wanted(operation.weight.name):
+            x, name, matrices = operation.x, operation.weight.name, operation.weight.matrices
+            route = operation.route if isinstance(operation, ExpertMatMul) else None
+            index = current.get((x, route))
             if index is None:
-                current[id(x)] = len(observations)
-                made = Observation((name,), np.zeros((1, x.width)), np.zeros(1, np.int64))
+                current[x, route] = len(observations)
+                made = Observation((name,), np.zeros((matrices, x.width)), np.zeros(matrices, np.int64))
                 observations.append(made)
-                operations.append(SumSquares(x, made.sums, made.counts))
+                operations.append(SumSquares(x, made.sums, made.counts, route))
             else:
                 observations[index] = replace(observations[index], names=(*observations[index].names, name))
         for written in ("out", "q_out"):
             buffer = getattr(operation, written, None)
             if isinstance(buffer, Buffer):
-                current.pop(id(buffer), None)
+                current = {key: index for key, index in current.items() if key[0].base is not buffer.base}
         operations.append(operation)
     return replace(program, operations=tuple(operations)), observations

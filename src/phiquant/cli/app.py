@@ -25,6 +25,8 @@ VERBS = {
     "split": "Divide a GGUF file into parts.",
     "merge": "Join the parts of a split model in one file.",
     "run": "Generate text, or chat, with a GGUF model.",
+    "perplexity": "Measure how well a model predicts a text, alone or beside a base.",
+    "certify": "Compare a file's predictions with those of transformers on its checkpoint.",
     "bench": "Measure the speed of models, beside the machine's limits and llama-bench.",
     "verify": "Check a GGUF file: structure, weights, checksum.",
     "inspect": "Show what a GGUF file holds.",

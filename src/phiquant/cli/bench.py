@@ -31,6 +31,7 @@ class BenchOptions:
     batch_size: Sequence[str] = ()
     threads: Sequence[str] = ()
     kv_type: Sequence[str] = ()
+    bf16_dot: bool = False
     ctx_size: int = 0
     repetitions: int = 5
     output: str = "md"
@@ -53,6 +54,7 @@ def bench(options: BenchOptions) -> int:
         threads=_numbers("--threads", options.threads, [0]),
         cache_types=[kind for text in options.kv_type for kind in text.split(",")] or ["f16"],
         context=options.ctx_size,
+        bf16_dot=options.bf16_dot,
     )
     peer = _peer(options.against)
     notices = Notices(quiet=options.quiet)

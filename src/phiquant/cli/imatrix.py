@@ -19,9 +19,9 @@ from phiquant.calibrate import (
     layer_figures,
     tensor_figures,
 )
-from phiquant.cli.calibration import CalibrationBar, calibration_text
 from phiquant.cli.failures import WrongUsage
 from phiquant.cli.notices import Notices
+from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.convert.imatrix import ImportanceMatrix, read
 from phiquant.errors import OutputError
 
@@ -88,7 +88,7 @@ def _collect(options: ImatrixOptions, parts: Parts, notices: Notices) -> int:
     dataset, begin = str(options.file), time.perf_counter()
     with Calibration(
         options.model,
-        calibration_text(options.file),
+        text_of(options.file),
         context=options.ctx_size,
         skip=options.chunk,
         chunks=None if options.chunks == -1 else options.chunks,
@@ -116,9 +116,10 @@ def _collect(options: ImatrixOptions, parts: Parts, notices: Notices) -> int:
             return whole
 
         try:
-            with CalibrationBar(options.ctx_size, quiet=options.quiet) as bar:
+            with ReadingBar("collecting", options.ctx_size, quiet=options.quiet) as bar:
                 for done in calibration.run():
-                    bar.advanced(done)
+                    measured = "" if done.perplexity is None else f"perplexity {done.perplexity:.2f}"
+                    bar.advanced(done.chunks, done.total, measured)
                     if options.output_frequency > 0 and done.chunks % options.output_frequency == 0:
                         whole = save()
                     if options.save_frequency > 0 and done.chunks % options.save_frequency == 0:

@@ -1,5 +1,6 @@
 """`phiquant inspect`: what a GGUF file says about itself, as tables or as JSON."""
 
+import contextlib
 import json
 import math
 import sys
@@ -14,7 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from phiquant import arch
+from phiquant.errors import PhiquantError
 from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys, open_model
+from phiquant.text import Tokenizer
 
 __all__ = ["inspect", "printable"]
 
@@ -25,6 +29,8 @@ _UNSEEN_WIDTH: Final = 200  # columns when the output goes to a file or a pipe
 
 def inspect(path: Path, as_json: bool) -> None:
     """Print header, metadata, tensor table and totals of a GGUF file to standard output; GGUFError if it is not one.
+
+    And, of a model that is supported, what the file does not say and is assumed when it runs.
 
     Tensor shapes are in GGUF's order (the contiguous extent first) and offsets count from the start of the file. JSON
     holds the same, with strings in full and the first items of each array beside their count. The first part of a split
@@ -48,6 +54,7 @@ def _document(gguf: GGUFFile) -> dict[str, Any]:
         "data_offset": gguf.data_offset,
         "parts": [{"path": str(part.path), "size": part.size, "tensors": len(part.tensors)} for part in gguf.parts],
         "file_type": _file_type(gguf),
+        "assumptions": _assumptions(gguf),
         "metadata": {key: _field(field) for key, field in gguf.fields.items()},
         "tensors": [
             {
@@ -106,6 +113,16 @@ def _file_type(gguf: GGUFFile) -> str | None:
     return next((kind.name for kind in known if kind == number.value), f"unknown ({number.value})")
 
 
+def _assumptions(gguf: GGUFFile) -> list[str]:
+    """Of model and vocabulary; nothing of what does not run here, which is no reason not to show the file."""
+    found: list[str] = []
+    with contextlib.suppress(PhiquantError):
+        found += arch.load(gguf).assumptions
+    with contextlib.suppress(PhiquantError):
+        found += Tokenizer.from_gguf(gguf).notes
+    return found
+
+
 def _print(gguf: GGUFFile) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
@@ -118,6 +135,8 @@ def _print(gguf: GGUFFile) -> None:
         shown = [f"{part.path.name}: {len(part.tensors)} tensors, {part.size:,} bytes" for part in gguf.parts]
         header.add_row("parts", _safe("\n".join(shown), keep="\n"))
     header.add_row("file type", _file_type(gguf) or "not stated")
+    for assumption in _assumptions(gguf):
+        header.add_row("assumed", _safe(assumption))
     console.print(header)
 
     metadata = _table("key", "type", "value", title=f"Metadata: {len(gguf.fields)} keys")

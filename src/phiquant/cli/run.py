@@ -38,6 +38,7 @@ class RunOptions:
     speculate: bool = True
     draft_model: Path | None = None
     pack: bool = True
+    bf16_dot: bool = False
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
@@ -97,6 +98,7 @@ def run(options: RunOptions) -> int:
         speculate=options.speculate,
         draft_model=options.draft_model,
         pack=options.pack,
+        bf16_dot=options.bf16_dot,
         progress=notices.progress,
     ) as llm:
         notices.clear()

@@ -78,9 +78,14 @@ def general_metadata(
     config: Mapping[str, Any],
     generation: Mapping[str, Any],
     parameters: int,
+    label: str = "",
 ) -> list[Entry]:
-    """The keys `general.*` but for file type and quantization version. `name`: of the directory or repository."""
+    """The keys `general.*` but for file type and quantization version. `name`: of the directory or repository.
+
+    `label`: the size of the model where neither its card nor its name gives one; without it, that of `parameters`.
+    """
     found = _fields(name, card, config, parameters)
+    found.setdefault("size_label", label or size_label(parameters))
     entries = [string("general.architecture", architecture), string("general.type", "model"), *_sampling(generation)]
     entries += [string(f"general.{key}", found[key]) for key in _WRITTEN_ORDER if key in found]
     entries += _references("base_model", card, ("base_model", "base_models", "base_model_sources"), parameters)
@@ -239,7 +244,6 @@ def _fields(name: str, card: Mapping[str, Any], config: Mapping[str, Any], param
         if parts.organization:
             found.setdefault("organization", _title(parts.organization))
     found.setdefault("name", name)
-    found.setdefault("size_label", size_label(parameters))
     return found
 
 

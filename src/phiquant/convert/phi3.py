@@ -4,29 +4,28 @@ Nothing is permuted on the way: qkv_proj keeps its rows Q, K, V and gate_up_proj
 that llama.cpp expects in attn_qkv and ffn_up of architecture "phi3".
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+
+from phiquant.convert.assembly import Assembly, match
 from phiquant.convert.entries import Entry, float32, uint32
+from phiquant.convert.fields import MAX_LAYERS, MAX_VOCABULARY, Fields
+from phiquant.convert.longrope import factor_tensors, long_rope
 from phiquant.convert.safetensors import StoredTensor
-from phiquant.errors import ArchitectureError, CheckpointError, UnsupportedError
+from phiquant.errors import CheckpointError, UnsupportedError
 from phiquant.gguf import keys
 
-__all__ = ["ARCHITECTURE", "KNOWN_ARCHITECTURES", "Settings", "architecture_keys", "check_architecture", "tensor_names"]
-
-ARCHITECTURE = "phi3"
-KNOWN_ARCHITECTURES = ("Phi3ForCausalLM",)
-
-# far beyond any model; tables of this many tokens or layers are made before a tensor is looked at
-_MAX_DIMENSION, _MAX_VOCABULARY, _MAX_LAYERS = 2**24, 2**20, 4096
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+__all__ = ["Settings"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """The hyperparameters of config.json that matter, checked; one rotary table for every layer."""
+
+    architecture: ClassVar[str] = "phi3"
 
     vocab_size: int
     hidden_size: int
@@ -56,8 +55,7 @@ class Settings:
 
         Absent fields take transformers' defaults for the class; whatever is present is checked.
         """
-        check_architecture(config)
-        fields = _Fields(config)
+        fields = Fields(config)
         rope = fields.rope()
         hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         kv_heads = fields.count("num_key_value_heads", heads)
@@ -85,12 +83,12 @@ class Settings:
             )
         context = fields.count("max_position_embeddings", 4096)
         original = rope.count("original_max_position_embeddings", 4096, top=True)
-        long, short, factor = _long_rope(rope, rotary // 2, context, original)
+        long, short, factor = long_rope(rope, rotary // 2, context, original)
         return cls(
-            vocab_size=fields.count("vocab_size", most=_MAX_VOCABULARY),
+            vocab_size=fields.count("vocab_size", most=MAX_VOCABULARY),
             hidden_size=hidden,
             intermediate_size=fields.count("intermediate_size"),
-            layers=fields.count("num_hidden_layers", most=_MAX_LAYERS),
+            layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
             heads=heads,
             kv_heads=kv_heads,
             context=context,
@@ -105,65 +103,38 @@ class Settings:
             attention_factor=factor,
         )
 
+    def entries(self) -> list[Entry]:
+        """The keys `phi3.*` that llama.cpp's converter writes, in its order."""
+        key = keys.ArchitectureKeys(self.architecture)
+        entries = [
+            uint32(key.context_length, self.context),
+            uint32(key.rope_scaling_original_context_length, self.original_context),
+            uint32(key.embedding_length, self.hidden_size),
+            uint32(key.feed_forward_length, self.intermediate_size),
+            uint32(key.block_count, self.layers),
+            uint32(key.head_count, self.heads),
+            uint32(key.head_count_kv, self.kv_heads),
+            float32(key.layer_norm_rms_epsilon, self.rms_epsilon),
+            uint32(key.rope_dimension_count, self.rotary_dimensions),
+            float32(key.rope_freq_base, self.rope_theta),
+            uint32(key.sliding_window, self.sliding_window),
+        ]
+        if self.attention_factor is not None:
+            entries.append(float32(key.rope_scaling_attn_factor, self.attention_factor))
+        return entries
 
-def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raise ArchitectureError unless config.json names a class that is known."""
-    names = config.get("architectures")
-    if names is None and config.get("model_type") == "phi3":
-        return
-    found = names[0] if isinstance(names, list) and names else config.get("model_type")
-    if found not in KNOWN_ARCHITECTURES:
-        shown = repr(found)[:80] if found is not None else "(none named in config.json)"
-        raise ArchitectureError(
-            f"The architecture {shown} is not supported; known are {', '.join(KNOWN_ARCHITECTURES)}."
-        )
+    def constants(self) -> dict[str, np.ndarray]:
+        """LongRoPE's factors."""
+        return factor_tensors(self.long_factors, self.short_factors)
 
-
-def architecture_keys(settings: Settings) -> list[Entry]:
-    """The keys `phi3.*` that llama.cpp's converter writes, in its order."""
-    key = keys.ArchitectureKeys(ARCHITECTURE)
-    entries = [
-        uint32(key.context_length, settings.context),
-        uint32(key.rope_scaling_original_context_length, settings.original_context),
-        uint32(key.embedding_length, settings.hidden_size),
-        uint32(key.feed_forward_length, settings.intermediate_size),
-        uint32(key.block_count, settings.layers),
-        uint32(key.head_count, settings.heads),
-        uint32(key.head_count_kv, settings.kv_heads),
-        float32(key.layer_norm_rms_epsilon, settings.rms_epsilon),
-        uint32(key.rope_dimension_count, settings.rotary_dimensions),
-        float32(key.rope_freq_base, settings.rope_theta),
-        uint32(key.sliding_window, settings.sliding_window),
-    ]
-    if settings.attention_factor is not None:
-        entries.append(float32(key.rope_scaling_attn_factor, settings.attention_factor))
-    return entries
-
-
-def tensor_names(settings: Settings, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Return checkpoint name -> GGUF name, in the checkpoint's order.
-
-    CheckpointError if a tensor is missing, has no place in the model, or has another shape than config.json says.
-    """
-    expected = _expected(settings)
-    names: dict[str, str] = {}
-    for name, tensor in stored.items():
-        if name.endswith(_IGNORED_SUFFIXES) or (settings.tied and name == "lm_head.weight"):
-            continue  # a tied model uses the embedding, whatever else is stored
-        if name not in expected:
-            raise CheckpointError(
-                f"Tensor {name!r} of {tensor.file} has no place in a Phi3ForCausalLM of {settings.layers} layers."
-            )
-        gguf_name, shape = expected[name]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"Tensor {name} of {tensor.file} has shape {list(tensor.shape)}, config.json asks for {list(shape)}."
-            )
-        names[name] = gguf_name
-    for name in expected:
-        if name not in names:
-            raise CheckpointError(f"The checkpoint lacks tensor {name}; download its weights again.")
-    return names
+    def assemble(self, stored: Mapping[str, StoredTensor]) -> dict[str, Assembly]:
+        """Every tensor as it is stored, under GGUF's name."""
+        expected = _expected(self)
+        shapes = {name: shape for name, (_, shape) in expected.items()}
+        # A tied model uses the embedding, whatever else is stored.
+        unused = ("lm_head.weight",) if self.tied else ()
+        found = match(shapes, stored, f"a Phi3ForCausalLM of {self.layers} layers", unused=unused)
+        return {expected[name][0]: Assembly.whole(stored[name]) for name in found}
 
 
 def _expected(settings: Settings) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -187,90 +158,3 @@ def _expected(settings: Settings) -> dict[str, tuple[str, tuple[int, ...]]]:
             f"{theirs}.mlp.down_proj.weight": (f"{ours}.ffn_down.weight", (hidden, ffn)),
         }
     return table
-
-
-def _long_rope(
-    rope: "_Fields", pairs: int, context: int, original: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, float | None]:
-    """The two factor lists and the attention factor, as transformers reads them; None thrice without LongRoPE.
-
-    "su" (the first release) and "yarn" are older names of "longrope" for this architecture. The attention factor is
-    sqrt(1 + ln(s) / ln(original)), s = context / original, unless given.
-    """
-    kind = rope.values.get("rope_type", rope.values.get("type"))
-    if kind in (None, "default"):
-        return None, None, None
-    if kind not in ("longrope", "su", "yarn"):
-        raise UnsupportedError(
-            f"config.json: rope type {kind!r} is not supported for Phi-3; known are default, longrope, su, yarn."
-        )
-    long, short = rope.factors("long_factor", pairs), rope.factors("short_factor", pairs)
-    if "attention_factor" in rope.values and rope.values["attention_factor"] is not None:
-        return long, short, rope.number("attention_factor", 1.0)
-    scale = context / original
-    if rope.values.get("factor") is not None:
-        scale = rope.number("factor", 1.0)
-    if scale <= 1.0:
-        return long, short, 1.0
-    if original < 2:
-        raise CheckpointError(f"config.json: original_max_position_embeddings {original} is too small for LongRoPE.")
-    return long, short, math.sqrt(1 + math.log(scale) / math.log(original))
-
-
-class _Fields:
-    """Typed access to config.json, or to its rope part with the top level behind it."""
-
-    def __init__(self, values: Mapping[str, Any], outer: Mapping[str, Any] | None = None) -> None:
-        self.values = values
-        self._outer = outer or {}
-
-    def rope(self) -> "_Fields":
-        """The rope part: rope_scaling of the older style if it is set, else rope_parameters; empty if neither."""
-        part = self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
-        if not isinstance(part, dict):
-            raise CheckpointError("config.json: rope_parameters or rope_scaling is not an object.")
-        return _Fields(part, self.values)
-
-    def _get(self, key: str, top: bool) -> object:
-        value = self.values.get(key)
-        return self._outer.get(key) if value is None and top else value
-
-    def count(self, key: str, default: int | None = None, *, top: bool = False, most: int = _MAX_DIMENSION) -> int:
-        value = self._get(key, top)
-        if value is None:
-            if default is None:
-                raise CheckpointError(f"config.json lacks {key}.")
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(f"config.json: {key} is {_short(value)}, not a whole number from 1 to {most:,}.")
-        return value
-
-    def number(self, key: str, default: float, *, top: bool = False, most: float = 1e30) -> float:
-        value = self._get(key, top)
-        if value is None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(f"config.json: {key} is {_short(value)}, not a positive number of at most {most:g}.")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {key} is {_short(value)}, not true or false.")
-        return value
-
-    def factors(self, key: str, count: int) -> tuple[float, ...]:
-        value = self.values.get(key)
-        if not isinstance(value, list) or len(value) != count:
-            found = f"has {len(value)} entries" if isinstance(value, list) else "is not a list"
-            raise CheckpointError(
-                f"config.json: {key} {found}; LongRoPE needs {count}, one for each pair of rotated channels."
-            )
-        for factor in value:
-            if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < 1e30:
-                raise CheckpointError(f"config.json: {key} holds {_short(factor)}, not a positive number.")
-        return tuple(float(factor) for factor in value)
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60]

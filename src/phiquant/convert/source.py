@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 import phiquant
-from phiquant.convert import hub, phi3
+from phiquant.convert import hub
+from phiquant.convert.architectures import settings_of
 from phiquant.convert.checkpoint import Checkpoint
+from phiquant.convert.dummies import without_dummies
 from phiquant.convert.entries import Entry, check_entries, string, uint32
-from phiquant.convert.metadata import general_metadata, model_name, read_model_card
+from phiquant.convert.metadata import general_metadata, model_name, read_model_card, size_label
 from phiquant.convert.positioned import PositionedFile
 from phiquant.convert.recipes import Model, Tensor
 from phiquant.convert.safetensors import StoredTensor
@@ -110,16 +112,18 @@ class CheckpointSource(Source):
         try:
             self.name = model_name(directory)
             self.files: Sequence[Path] = sorted({stored.file for stored in checkpoint.tensors.values()})
-            self._settings = phi3.Settings.from_config(checkpoint.config)
-            names = phi3.tensor_names(self._settings, checkpoint.tensors)
-            self._stored = {gguf: checkpoint.tensors[name] for name, gguf in names.items()}
-            self._factors = _factor_tensors(self._settings)
+            self._settings = settings_of(checkpoint.config)
+            self._assembled = self._settings.assemble(checkpoint.tensors)
+            constants = self._settings.constants()
             self.tensors: Sequence[Tensor] = [
-                *(Tensor(name, (len(data) // 4,), GGMLType.F32) for name, data in self._factors.items()),
-                *(Tensor(name, stored.shape, _type_of(stored)) for name, stored in self._stored.items()),
+                *(Tensor(name, values.shape, GGMLType.F32) for name, values in constants.items()),
+                *(Tensor(name, made.shape, _type_of(made.stored)) for name, made in self._assembled.items()),
             ]
+            self._constants = {name: values.reshape(-1).view(np.uint8) for name, values in constants.items()}
             files = TokenizerFiles.read(directory, checkpoint.config)
-            self._tokenizer = tokenizer_keys(files, self._settings.vocab_size)
+            self._tokenizer = without_dummies(
+                tokenizer_keys(files, self._settings.vocab_size), checkpoint.config, self._settings.vocab_size
+            )
             self._general = self._describe(strips=strips_whitespace(files))
             check_entries([*self._general, *self._tokenizer], str(directory))
         except BaseException:
@@ -129,21 +133,23 @@ class CheckpointSource(Source):
     def _describe(self, strips: bool) -> list[Entry]:
         checkpoint = self._checkpoint
         entries = general_metadata(
-            phi3.ARCHITECTURE,
+            self._settings.architecture,
             self.name,
             read_model_card(checkpoint.text("README.md")),
             checkpoint.config,
             checkpoint.json("generation_config.json") or {},
             parameters=sum(math.prod(tensor.shape) for tensor in self.tensors),
+            label=_size_label(self.tensors),
         )
         return [_phi3_named(entry) if strips and entry.key == keys.NAME else entry for entry in entries]
 
     def entries(self, file_type: int | None) -> list[Entry]:
-        """Everything llama.cpp's converter writes, then our own keys."""
+        """Everything llama.cpp's converter writes, then our own keys. What the tokenizer says has the last word."""
         kind = self._own_file_type() if file_type is None else file_type
+        said = {entry.key for entry in self._tokenizer}
         return [
             *self._general,
-            *phi3.architecture_keys(self._settings),
+            *(entry for entry in self._settings.entries() if entry.key not in said),
             uint32(keys.FILE_TYPE, kind),
             uint32(keys.QUANTIZATION_VERSION, QUANTIZATION_VERSION),
             *self._tokenizer,
@@ -157,11 +163,11 @@ class CheckpointSource(Source):
 
     def read_into(self, tensor: str, begin: int, target: _Bytes) -> None:
         """See `Source`."""
-        factors = self._factors.get(tensor)
-        if factors is not None:
-            target[:] = factors[begin : begin + target.size]
-        else:
-            self._checkpoint.read_into(self._stored[tensor], begin, target)
+        constant = self._constants.get(tensor)
+        if constant is not None:
+            target[:] = constant[begin : begin + target.size]
+            return
+        self._assembled[tensor].read_into(self._checkpoint.read_into, begin, target)
 
     def close(self) -> None:
         """See `Source`."""
@@ -224,6 +230,15 @@ class GGUFSource(Source):
             file.close()
 
 
+def _size_label(tensors: Sequence[Tensor]) -> str:
+    """The parameters of a model; of one with experts their number and the parameters of it if it had but one."""
+    stacked = [tensor for tensor in tensors if "_exps." in tensor.name]
+    shared = sum(math.prod(tensor.shape) for tensor in tensors if "_exps." not in tensor.name)
+    if not stacked:
+        return size_label(shared)
+    return f"{stacked[0].matrices}x{size_label(shared + sum(math.prod(t.shape[1:]) for t in stacked))}"
+
+
 def _phi3_named(name: Entry) -> Entry:
     """llama.cpp lets special tokens swallow whitespace, as Phi-3's do, only in files whose name says Phi-3."""
     lower = name.value.lower()
@@ -239,9 +254,3 @@ def _type_of(stored: StoredTensor) -> GGMLType:
     if not stored.nbytes:
         raise CheckpointError(f"Tensor {stored.name} of {stored.file} is empty.")
     return _DTYPES[stored.dtype]
-
-
-def _factor_tensors(settings: phi3.Settings) -> dict[str, _Bytes]:
-    """LongRoPE's two lists as F32 tensors, which come first in the file."""
-    lists = {"rope_factors_long.weight": settings.long_factors, "rope_factors_short.weight": settings.short_factors}
-    return {name: np.array(values, "<f4").view(np.uint8) for name, values in lists.items() if values is not None}

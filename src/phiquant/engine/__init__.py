@@ -2,8 +2,25 @@
 
 from phiquant.engine.draft import Drafter, PromptLookup
 from phiquant.engine.engine import Engine
+from phiquant.engine.logprobs import TokenLogprob
 from phiquant.engine.model_draft import ModelDraft
-from phiquant.engine.sampler import Sampling, TokenMask, sample
+from phiquant.engine.sampler import Sampler, TokenMask, sample
+from phiquant.engine.sampling import CHAIN, Breaker, Sampling, parse_chain
 from phiquant.engine.sequence import Finish, Sequence
 
-__all__ = ["Drafter", "Engine", "Finish", "ModelDraft", "PromptLookup", "Sampling", "Sequence", "TokenMask", "sample"]
+__all__ = [
+    "CHAIN",
+    "Breaker",
+    "Drafter",
+    "Engine",
+    "Finish",
+    "ModelDraft",
+    "PromptLookup",
+    "Sampler",
+    "Sampling",
+    "Sequence",
+    "TokenLogprob",
+    "TokenMask",
+    "parse_chain",
+    "sample",
+]

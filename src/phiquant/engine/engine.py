@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageCache
 from phiquant.engine.draft import LONGEST, Pace
+from phiquant.engine.logprobs import token_logprob
 from phiquant.engine.runner import Runner
-from phiquant.engine.sampler import Sampling, sample
+from phiquant.engine.sampler import Sampler
 from phiquant.engine.scheduler import Chunk, Scheduler
 from phiquant.engine.sequence import Sequence
 from phiquant.errors import ContextError, PhiquantError, RequestError, TokenError
@@ -51,6 +52,11 @@ class Engine:
         """Threads that compute."""
         return self._executable.threads
 
+    @property
+    def parallel(self) -> int:
+        """Most sequences of a step."""
+        return self._executable.capacity.sequences
+
     def check(self, sequence: Sequence) -> None:
         """Refuse, before any work, a sequence that cannot be computed: TokenError, ContextError."""
         vocabulary = self._executable.program.vocab_size
@@ -67,7 +73,7 @@ class Engine:
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence; TokenError or ContextError as `check`."""
         self.check(sequence)
-        if sequence.wants_all_logits:
+        if sequence.wants_all_logits and sequence.sink is None:
             sequence.logits = np.empty((len(sequence.ids), self._executable.program.vocab_size), np.float32)
         with self._lock:
             self._scheduler.add(sequence)
@@ -78,6 +84,14 @@ class Engine:
             with self._lock:
                 if sequence.finish is None and sequence.error is None and len(sequence.ids) <= seen:
                     self._step()
+        if sequence.error is not None:
+            raise sequence.error
+
+    def step(self, sequence: Sequence) -> None:
+        """One step, unless the sequence has ended. Raises what went wrong with it."""
+        with self._lock:
+            if sequence.finish is None and sequence.error is None:
+                self._step()
         if sequence.error is not None:
             raise sequence.error
 
@@ -142,16 +156,19 @@ class Engine:
 
     def _take(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
         """Keep the logits, or sample the next token of the sequence, and more as long as they were guessed."""
-        sequence, sampling = chunk.sequence, chunk.sequence.sampling
-        if sampling is None:
-            if sequence.logits is not None:
-                sequence.logits[chunk.start : chunk.stop] = logits
+        sequence, sampler = chunk.sequence, chunk.sequence.sampler
+        if sampler is None:
+            if sequence.sink is not None:
+                if len(logits):
+                    sequence.sink(chunk.outputs.start, logits)
+            elif sequence.logits is not None:
+                sequence.logits[chunk.outputs.start : chunk.stop] = logits
             if chunk.stop == len(sequence.ids):
                 sequence.finish = "stop"
             return
         right = 0
         for row in logits:
-            token = self._next(sequence, sampling, row)
+            token = self._next(sequence, sampler, row)
             if sequence.finish is not None or right == len(chunk.draft) or token != chunk.draft[right]:
                 break
             right += 1
@@ -160,10 +177,15 @@ class Engine:
             sequence.drafted += len(chunk.draft)
             sequence.accepted += right
 
-    def _next(self, sequence: Sequence, sampling: Sampling, logits: NDArray[np.float32]) -> int:
+    def _next(self, sequence: Sequence, sampler: Sampler, logits: NDArray[np.float32]) -> int:
         """Append the next token, and see whether it is the last."""
         allowed = None if sequence.mask is None else sequence.mask.allowed()
-        token = sample(logits, sequence.ids, sampling, unused=self._unused, allowed=allowed)
+        banned = None
+        if len(sequence.generated) < sampler.sampling.min_tokens:
+            banned = np.array(sorted(sequence.end_ids), np.int64)
+        token = sampler.choose(logits, sequence.ids, unused=self._unused, allowed=allowed, banned=banned)
+        if sequence.logprobs is not None:
+            sequence.found.append(token_logprob(logits, token, sequence.logprobs))
         if sequence.mask is not None:
             sequence.mask.accept(token)
         sequence.ids.append(token)

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Ids
 from typing import Final
 
 from phiquant.engine.engine import Engine
-from phiquant.engine.sampler import Sampling
+from phiquant.engine.sampling import Sampling
 from phiquant.engine.sequence import Sequence
 
 __all__ = ["ModelDraft"]

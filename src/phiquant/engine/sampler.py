@@ -1,26 +1,40 @@
-"""Choosing the next token from logits.
+"""Choosing the next token from logits, by a chain of steps.
 
-The order and meaning of the parameters are llama.cpp's: penalties, top-k, top-p, min-p, temperature. Chance is a
-function of the seed and the position alone, so that a sequence comes out the same however it was batched, preempted or
-resumed.
+The order and meaning of the steps are llama.cpp's. Chance is a function of the seed and the position alone, so that a
+sequence comes out the same however it was batched, preempted or resumed. Only mirostat remembers anything: how
+surprising the text has been.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phiquant.engine import truncation
+from phiquant.engine.repetition import dry, penalize
+from phiquant.engine.sampling import Sampling
+from phiquant.engine.truncation import Candidates, largest
 from phiquant.errors import KernelError, RequestError
 
-__all__ = ["Sampling", "TokenMask", "sample"]
+__all__ = ["Sampler", "TokenMask", "sample"]
 
-# Tokens at the end of a sequence that the repetition penalty looks at.
-PENALTY_WINDOW: Final = 64
-# Neighbouring scores that are looked at as one when the largest are sought.
-BLOCK: Final = 64
+_Step = Callable[[Candidates, Sampling, float], Candidates]
+_STEPS: Final[Mapping[str, _Step]] = MappingProxyType(
+    {
+        "top_n_sigma": truncation.top_n_sigma,
+        "top_k": truncation.top_k,
+        "typ_p": truncation.typical,
+        "top_p": truncation.top_p,
+        "min_p": truncation.min_p,
+        "xtc": truncation.xtc,
+        "temperature": truncation.temperature,
+    }
+)
+# Tokens from which mirostat 1 estimates how fast probabilities fall.
+_MIROSTAT_TOKENS: Final = 100
 
 
 class TokenMask(Protocol):
@@ -33,41 +47,90 @@ class TokenMask(Protocol):
         """This one came."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose.
+class Sampler:
+    """Chooses the tokens of one sequence, one after the other."""
 
-    Attributes:
-        temperature: 0 takes the likeliest token; above, logits are divided by it.
-        top_k: keep the k likeliest; 0 for all.
-        top_p: of these keep the fewest whose probabilities reach this sum; 1 for all.
-        min_p: of these keep those at least this fraction as likely as the likeliest.
-        repeat_penalty: logits of the last 64 tokens are divided by it (multiplied where negative); 1 for none.
-        seed: of the random choice, from 0 to 2^64 - 1.
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._mu = 2 * sampling.mirostat_tau
 
-    Raises:
-        RequestError: a value that makes no sense.
-    """
+    def choose(
+        self,
+        logits: NDArray[np.float32],
+        ids: Sequence[int],
+        *,
+        unused: NDArray[np.int64] | None = None,
+        allowed: NDArray[np.bool_] | None = None,
+        banned: NDArray[np.int64] | None = None,
+    ) -> int:
+        """The token that follows `ids`.
 
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int = 0
+        Args:
+            logits: float32 [vocabulary]; not changed.
+            ids: the sequence so far; its length is the position that chance depends on.
+            unused: ids that must never come, int64 [count].
+            allowed: which ids may come, bool [vocabulary].
+            banned: ids that must not come now, int64 [count].
 
-    def __post_init__(self) -> None:
-        _require("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
-        _require("top_k", self.top_k, "0 or more", isinstance(self.top_k, int) and self.top_k >= 0)
-        _require("top_p", self.top_p, "from 0 to 1", 0 <= self.top_p <= 1)
-        _require("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1)
-        _require("repeat_penalty", self.repeat_penalty, "above 0", 0 < self.repeat_penalty < math.inf)
-        _require("seed", self.seed, "from 0 to 2^64 - 1", isinstance(self.seed, int) and 0 <= self.seed < 1 << 64)
+        Raises:
+            KernelError: the logits hold NaN or infinity.
+            RequestError: no token is allowed; a bias names a token that there is not.
+        """
+        s = self.sampling
+        if not math.isfinite(float(logits.max())):
+            raise KernelError("the model gave logits that are not finite; its weights or a kernel are broken")
+        scores = logits.copy()
+        for token, bias in s.logit_bias:
+            if token >= len(scores):
+                raise RequestError(f"logit_bias names the token {token}; there are {len(scores)}")
+            scores[token] += bias
+        steps = list(s.samplers)
+        while steps and steps[0] in ("penalties", "dry"):  # these need all scores in their places
+            (penalize if steps.pop(0) == "penalties" else dry)(scores, ids, s)
+        for some in (unused, banned):
+            if some is not None:
+                scores[some] = -np.inf
+        if allowed is not None:
+            scores[~allowed] = -np.inf
+        likeliest = int(scores.argmax())
+        if scores[likeliest] == -np.inf:
+            raise RequestError("no token may follow here; the constraint on the output cannot be met")
+        if s.temperature == 0 and s.dynatemp_range == 0 and not self._unsettling(steps):
+            return likeliest
+        first, second = _chance(s.seed, len(ids))
+        if s.mirostat:
+            return self._mirostat(_candidates(scores, 0), first)
+        limit = (
+            s.top_k if steps[:1] == ["top_k"] or (steps[:2] == ["top_n_sigma", "top_k"] and s.top_n_sigma <= 0) else 0
+        )
+        c = _candidates(scores, limit)
+        for name in steps:
+            if name in ("penalties", "dry"):
+                c = _repeated(c, ids, s, penalize if name == "penalties" else dry, len(scores))
+            else:
+                c = _STEPS[name](c, s, second)
+        if s.temperature == 0 or len(c.ids) == 1:
+            return int(c.likeliest_first().ids[0])
+        return int(c.ids[_draw(np.exp(c.scores - c.scores.max()), first)])
 
+    def _unsettling(self, steps: Sequence[str]) -> bool:
+        """Whether a step may still make another token the likeliest."""
+        out = self.sampling.xtc_probability > 0 and self.sampling.xtc_threshold <= 0.5
+        return "penalties" in steps or "dry" in steps or (out and "xtc" in steps)
 
-def _require(name: str, value: object, expected: str, good: bool) -> None:
-    if not good:
-        raise RequestError(f"{name} is {value!r} and must be {expected}")
+    def _mirostat(self, c: Candidates, chance: float) -> int:
+        """The choice that keeps the surprise near tau; https://arxiv.org/abs/2007.14966."""
+        s = self.sampling
+        c = truncation.temperature(c, s, chance).likeliest_first()
+        p = c.probabilities()
+        if s.mirostat == 1:
+            c = c.keep(np.arange(max(1, min(_tokens_for(p, self._mu, len(p)), len(p)))))
+        else:
+            c = c.keep(np.arange(max(1, int((-np.log2(p) <= self._mu).sum()))))
+        p = c.probabilities()
+        at = _draw(p, chance)
+        self._mu -= s.mirostat_eta * (-math.log2(p[at]) - s.mirostat_tau)
+        return int(c.ids[at])
 
 
 def sample(
@@ -78,68 +141,59 @@ def sample(
     unused: NDArray[np.int64] | None = None,
     allowed: NDArray[np.bool_] | None = None,
 ) -> int:
-    """The token that follows `ids`.
+    """One choice of a Sampler that remembers nothing; see `Sampler.choose`."""
+    return Sampler(sampling).choose(logits, ids, unused=unused, allowed=allowed)
 
-    Args:
-        logits: float32 [vocabulary]; not changed.
-        ids: the sequence so far; its length is the position that chance depends on.
-        sampling: how to choose.
-        unused: ids that must never come, int64 [count].
-        allowed: which ids may come, bool [vocabulary].
 
-    Raises:
-        KernelError: the logits hold NaN or infinity.
-        RequestError: no token is allowed.
-    """
-    if not math.isfinite(float(logits.max())):
-        raise KernelError("the model gave logits that are not finite; its weights or a kernel are broken")
-    scores = logits.copy()
-    if sampling.repeat_penalty != 1:
-        recent = np.unique(np.asarray(ids[-PENALTY_WINDOW:], np.int64))
-        values = scores[recent]
-        scores[recent] = np.where(values > 0, values / sampling.repeat_penalty, values * sampling.repeat_penalty)
-    if unused is not None:
-        scores[unused] = -np.inf
-    if allowed is not None:
-        scores[~allowed] = -np.inf
-    likeliest = int(scores.argmax())
-    if scores[likeliest] == -np.inf:
-        raise RequestError("no token may follow here; the constraint on the output cannot be met")
-    if sampling.temperature == 0:
-        return likeliest
-    kept = _keep(scores, sampling, float(scores[likeliest]))
-    weights = np.exp((scores[kept].astype(np.float64) - scores[likeliest]) / sampling.temperature)
+def _candidates(scores: NDArray[np.float32], most: int) -> Candidates:
+    ids = largest(scores, most)
+    return Candidates(ids, scores[ids].astype(np.float64))
+
+
+def _repeated(
+    c: Candidates,
+    ids: Sequence[int],
+    s: Sampling,
+    step: Callable[[NDArray[np.float32], Sequence[int], Sampling], None],
+    size: int,
+) -> Candidates:
+    """Penalties where a chain has them after tokens were left out."""
+    scores = np.full(size, -np.inf, np.float32)
+    scores[c.ids] = c.scores
+    step(scores, ids, s)
+    return Candidates(c.ids, scores[c.ids].astype(np.float64))
+
+
+def _chance(seed: int, position: int) -> tuple[float, float]:
+    """Two numbers from 0 to 1, for the choice and for XTC."""
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
+    return random.random(), random.random()
+
+
+def _draw(weights: NDArray[np.float64], chance: float) -> int:
+    """An index, as likely as its weight."""
     reach = np.cumsum(weights)
-    key = np.array([sampling.seed, len(ids)], np.uint64)
-    point = np.random.Generator(np.random.Philox(key=key)).random() * reach[-1]
-    return int(kept[min(int(np.searchsorted(reach, point, side="right")), len(kept) - 1)])
+    return min(int(np.searchsorted(reach, chance * reach[-1], side="right")), len(reach) - 1)
 
 
-def _keep(scores: NDArray[np.float32], sampling: Sampling, best: float) -> NDArray[np.int64]:
-    """Ids that top-k, top-p and min-p leave, at least the likeliest."""
-    kept = _largest(scores, sampling.top_k)
-    if sampling.top_p < 1:
-        probabilities = np.exp(scores[kept].astype(np.float64) - best)
-        probabilities /= probabilities.sum()
-        # Together these are less than what top-p leaves out, so sorting can do without them.
-        large = probabilities >= (1 - sampling.top_p) / len(kept)
-        kept, probabilities = kept[large], probabilities[large]
-        order = np.lexsort((kept, -probabilities))
-        count = int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1
-        kept = kept[order[:count]]
-    if sampling.min_p > 0:
-        kept = kept[scores[kept] >= best + math.log(sampling.min_p)]
-    return kept
-
-
-def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Ids of the k largest scores (0: all) above -inf, the smaller id first of equals."""
-    blocks = len(scores) // BLOCK
-    bound = -np.inf
-    if 0 < k < blocks:
-        # k blocks have a maximum of at least this, so the k largest scores do too: far less is left to sort.
-        bound = np.partition(scores[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1), -k)[-k]
-    kept = np.flatnonzero(scores >= bound) if bound > -np.inf else np.flatnonzero(scores > -np.inf)
-    if 0 < k < len(kept):
-        kept = kept[np.lexsort((kept, -scores[kept]))[:k]]
-    return kept
+def _tokens_for(p: NDArray[np.float64], mu: float, vocabulary: int) -> int:
+    """How many tokens mirostat 1 keeps: Zipf's exponent estimated from the likeliest, k from exponent and mu."""
+    count = min(_MIROSTAT_TOKENS - 1, len(p) - 1)
+    if count < 1:
+        return 1
+    i = np.arange(count)
+    t = np.log((i + 2) / (i + 1))
+    falls = np.log(p[:count] / np.maximum(p[1 : count + 1], np.finfo(np.float64).tiny))
+    exponent = float((t * falls).sum() / (t * t).sum())
+    epsilon = exponent - 1
+    if exponent <= 0:
+        return len(p)
+    try:
+        k = (
+            (epsilon * 2**mu / (1 - vocabulary**-epsilon)) ** (1 / exponent)
+            if epsilon
+            else 2**mu / math.log(vocabulary)
+        )
+    except (OverflowError, ZeroDivisionError):
+        return len(p)
+    return max(1, int(min(k, len(p))))

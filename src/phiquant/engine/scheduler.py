@@ -32,8 +32,10 @@ class Chunk:
 
     @property
     def outputs(self) -> range:
-        """Positions whose logits are wanted: all, or the last one if the sequence ends here."""
-        if self.sequence.wants_all_logits or self.draft:
+        """Positions whose logits are wanted: all from the first that is, or the last one if the sequence ends here."""
+        if self.sequence.wants_all_logits:
+            return range(min(max(self.start, self.sequence.first), self.stop), self.stop)
+        if self.draft:
             return range(self.start, self.stop)
         return range(self.stop - 1, self.stop) if self.stop == len(self.sequence.ids) else range(0)
 
@@ -72,7 +74,9 @@ class Scheduler:
             if sequence not in self.running:
                 continue  # it lost its pages to an older one
             draft = sequence.draft if sequence.pending == 1 and len(self.running) == 1 else ()
-            count = min(sequence.pending + len(draft), tokens, outputs if sequence.wants_all_logits else tokens)
+            count = min(sequence.pending + len(draft), tokens)
+            if sequence.wants_all_logits:
+                count = min(count, outputs + max(sequence.first - sequence.computed, 0))
             if count == 0 or outputs == 0:
                 break
             if not self._make_room(sequence, count, [chunk.sequence for chunk in chunks]):

@@ -1,6 +1,6 @@
 """One text being computed: its tokens, how far the cache has got, and how it ends."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageTable
 from phiquant.engine.draft import Drafter, Odds
-from phiquant.engine.sampler import Sampling, TokenMask
+from phiquant.engine.logprobs import TokenLogprob
+from phiquant.engine.sampler import Sampler, TokenMask
+from phiquant.engine.sampling import Sampling
 from phiquant.errors import PhiquantError, RequestError
 
 __all__ = ["Finish", "Sequence"]
@@ -24,9 +26,14 @@ class Sequence:
         prompt_length: how many of them are the prompt.
         max_tokens: generate at most this many; None for as many as the context holds.
         sampling: None for a sequence whose logits are wanted and that is not continued.
+        sampler: chooses by it; None without it.
         end_ids: tokens that end it.
         mask: constrains what comes.
-        logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling`.
+        logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling` and without `sink`.
+        sink: is given logits as they are computed instead: position of the first row, and rows that are valid during
+            the call. Positions before `first` are left out.
+        logprobs: how many alternatives to note with the log-probability of each generated token; None to note nothing.
+        found: what was noted.
         computed: tokens whose keys and values are in the cache.
         shared: tokens that were taken from earlier sequences when it began.
         table: its pages; None while it waits.
@@ -46,6 +53,9 @@ class Sequence:
         end_ids: frozenset[int] = frozenset(),
         mask: TokenMask | None = None,
         drafters: Iterable[Drafter] = (),
+        logprobs: int | None = None,
+        sink: Callable[[int, NDArray[np.float32]], None] | None = None,
+        first: int = 0,
     ) -> None:
         self.ids = [int(i) for i in prompt]
         self.prompt_length = len(self.ids)
@@ -54,7 +64,12 @@ class Sequence:
         if max_tokens is not None and max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens} and must be at least 1")
         self.max_tokens, self.sampling, self.end_ids, self.mask = max_tokens, sampling, end_ids, mask
+        if logprobs is not None and logprobs < 0:
+            raise RequestError(f"logprobs is {logprobs} and must be 0 or more")
+        self.logprobs, self.found = logprobs, list[TokenLogprob]()
+        self.sampler = None if sampling is None else Sampler(sampling)
         self.logits: NDArray[np.float32] | None = None
+        self.sink, self.first = sink, first
         self.computed = self.shared = 0
         self.table: PageTable | None = None
         self.finish: Finish | None = None
@@ -76,5 +91,5 @@ class Sequence:
 
     @property
     def wants_all_logits(self) -> bool:
-        """Whether the logits of every token are wanted, not those of the last."""
+        """Whether the logits of every token (from `first` on) are wanted, not those of the last."""
         return self.sampling is None

@@ -102,6 +102,18 @@ CHAT_TEMPLATES: Final = "tokenizer.chat_templates"
 ADDED_TOKENS: Final = "phiquant.tokenizer.added_tokens"
 # An array of uint32: every id with which the checkpoint's generation_config.json ends a reply; GGUF has keys for three.
 END_IDS: Final = "phiquant.tokenizer.eos_token_ids"
+# True where the checkpoint's byte-level vocabulary gives a word that is a token that token, whatever the merges say.
+IGNORE_MERGES: Final = "phiquant.tokenizer.ignore_merges"
+
+# How PhiMoE computes, where llama.cpp computes otherwise and its files say nothing; it passes over these keys.
+# Strings: "layer" for norms that subtract the mean, "sparsemixer" for the routing of `kernels.ops.Route`.
+NORM: Final = "phiquant.norm"
+ROUTER: Final = "phiquant.router"
+# A float32: experts whose score is within twice this much of the best one's, relatively, share its weight.
+ROUTER_JITTER: Final = "phiquant.router.jitter"
+# Float32: what multiplies cosine and sine under LongRoPE's short and its long factors (short_mscale, long_mscale).
+ROPE_ATTENTION_FACTOR_SHORT: Final = "phiquant.rope.attention_factor_short"
+ROPE_ATTENTION_FACTOR_LONG: Final = "phiquant.rope.attention_factor_long"
 
 # A string and an array of uint64, one for each tensor: `gguf.checksum` says of what.
 CHECKSUM: Final = "phiquant.checksum"
@@ -127,6 +139,9 @@ class ArchitectureKeys:
         self.layer_norm_epsilon: Final = f"{a}.attention.layer_norm_epsilon"
         self.layer_norm_rms_epsilon: Final = f"{a}.attention.layer_norm_rms_epsilon"
         self.sliding_window: Final = f"{a}.attention.sliding_window"
+        self.attention_scale: Final = f"{a}.attention.scale"
+        self.embedding_scale: Final = f"{a}.embedding_scale"
+        self.logit_scale: Final = f"{a}.logit_scale"
         self.rope_dimension_count: Final = f"{a}.rope.dimension_count"
         self.rope_freq_base: Final = f"{a}.rope.freq_base"
         self.rope_scaling_type: Final = f"{a}.rope.scaling.type"
@@ -148,3 +163,15 @@ def dataset(index: int, what: str) -> str:
 def chat_template(name: str) -> str:
     """The key of a further chat template; `CHAT_TEMPLATES` lists their names."""
     return f"tokenizer.chat_template.{name}"
+
+
+class Phi3SmallKeys:
+    """The keys of Phi-3-small alone: what a query sees in its sparse layers, and the limit of its gate."""
+
+    def __init__(self, architecture: str) -> None:
+        a = architecture
+        self.block_size: Final = f"{a}.attention.block_sparse.block_size"
+        self.local_blocks: Final = f"{a}.attention.block_sparse.local_blocks"
+        self.vertical_stride: Final = f"{a}.attention.block_sparse.vertical_stride"
+        self.layers: Final = f"{a}.attention.block_sparse.layers"
+        self.gate_limit: Final = f"{a}.feed_forward.gate_limit"

@@ -1,6 +1,6 @@
 """Forward passes as plain Python over `kernels.ops`: one file per architecture, recorded once per load."""
 
-from phiquant.model.phi3 import record
+from phiquant.model.recording import record
 from phiquant.model.rope import Regime, Rope
 from phiquant.model.weights import load_weights
 

@@ -14,7 +14,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from phiquant.arch import Phi3Config
+from phiquant.arch import Rotary
 
 __all__ = ["Regime", "Rope"]
 
@@ -31,12 +31,15 @@ class Regime(Enum):
 class Rope:
     """Cosines and sines of one model."""
 
-    def __init__(self, config: Phi3Config) -> None:
-        self._frequencies = {Regime.SHORT: _frequencies(config, config.rope_factors_short)}
-        if config.rope_factors_long is not None:
-            self._frequencies[Regime.LONG] = _frequencies(config, config.rope_factors_long)
-        self._border = config.original_context_length
-        self._attention_factor = np.float32(config.rope_attention_factor)
+    def __init__(self, rotary: Rotary) -> None:
+        self._frequencies = {Regime.SHORT: _frequencies(rotary, rotary.factors_short)}
+        if rotary.factors_long is not None:
+            self._frequencies[Regime.LONG] = _frequencies(rotary, rotary.factors_long)
+        self._border = rotary.original_context_length
+        self._attention_factors = {
+            Regime.SHORT: np.float32(rotary.attention_factor_short),
+            Regime.LONG: np.float32(rotary.attention_factor_long),
+        }
 
     def regime(self, length: int) -> Regime:
         """The regime of a sequence of `length` tokens."""
@@ -45,13 +48,14 @@ class Rope:
     def rotation(self, positions: NDArray[np.int32], regime: Regime) -> tuple[Floats, Floats]:
         """Cosines and sines, each float32 [positions, rotary / 2], attention factor included."""
         angles = positions.astype(np.float32)[:, None] * self._frequencies[regime]
-        return np.cos(angles) * self._attention_factor, np.sin(angles) * self._attention_factor
+        factor = self._attention_factors[regime]
+        return np.cos(angles) * factor, np.sin(angles) * factor
 
 
-def _frequencies(config: Phi3Config, factors: tuple[float, ...] | None) -> Floats:
-    d = config.rope_dimension_count
+def _frequencies(rotary: Rotary, factors: tuple[float, ...] | None) -> Floats:
+    d = rotary.dimension_count
     exponents = np.arange(0, d, 2).astype(np.float32) / np.float32(d)
-    powers = np.power(np.float32(config.rope_freq_base), exponents)
+    powers = np.power(np.float32(rotary.freq_base), exponents)
     factor = np.ones(d // 2, np.float32) if factors is None else np.array(factors, np.float32)
     frequencies: Floats = np.float32(1) / (factor * powers)
     return frequencies

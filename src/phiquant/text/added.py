@@ -21,12 +21,7 @@ ADDED_TOKENS_KEY = keys.ADDED_TOKENS
 # Unicode White_Space, which is what \s means in `tokenizers`; Python's \s also has U+001C to U+001F.
 WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 
-_PHI3_TEXTS = (
-    *("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>", "<|placeholder4|>"),
-    *("<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>"),
-)
-_PHI3_FIRST = 32000
-_PHI3_IMAGE = 32044
+_MARKUP = frozenset("<>[]{}|")
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,14 @@ class AddedToken:
     normalized: bool = False
     single_word: bool = False
     special: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the token is only a word of its own, such as Phi-2's runs of spaces, and no mark with a meaning.
+
+        Anybody may write it: it is matched in what a user typed, too.
+        """
+        return not self.special and _MARKUP.isdisjoint(self.content)
 
 
 _FLAGS = tuple(field.name for field in fields(AddedToken) if field.name not in ("id", "content"))
@@ -104,24 +107,33 @@ def added_tokens_from_hf(
 
 
 def default_added_tokens(vocabulary: Vocabulary) -> list[AddedToken]:
-    """What to assume of a file without our key: the published attributes for Phi-3's vocabulary, else all false.
+    """What to assume of a file without our key: the published attributes for a published vocabulary, else all false.
 
-    Phi-3 is recognised by its texts at 32000 to 32010, whatever `general.name` says. There 32001 to 32010 and `</s>`
-    strip to the right; in the vision models (known by `<|image|>` at 32044) system, end and user do not.
+    Which is which is told by the tokens (`published.py`), whatever `general.name` says.
     """
-    tokens = vocabulary.tokens
-    last = _PHI3_FIRST + len(_PHI3_TEXTS)
-    is_phi3 = tuple(tokens[_PHI3_FIRST:last]) == _PHI3_TEXTS
-    is_vision = is_phi3 and len(tokens) > _PHI3_IMAGE and tokens[_PHI3_IMAGE] == "<|image|>"
-    bare = {"<|system|>", "<|end|>", "<|user|>"} if is_vision else set()
+    from phiquant.text import published
+
+    known = published.recognize(vocabulary.tokens)
     padding = set(vocabulary.padding())
     found = []
     for token in vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN):
         if token in padding:
             continue
-        text = tokens[token]
-        rstrip = is_phi3 and (_PHI3_FIRST < token < last or text == "</s>") and text not in bare
-        found.append(AddedToken(token, text, rstrip=rstrip, special=vocabulary.types[token] != TokenType.USER_DEFINED))
+        text = vocabulary.tokens[token]
+        special = vocabulary.types[token] != TokenType.USER_DEFINED
+        if known is None:
+            found.append(AddedToken(token, text, special=special))
+            continue
+        found.append(
+            AddedToken(
+                token,
+                text,
+                lstrip=token in known.lstrip,
+                rstrip=token in known.rstrip,
+                normalized=known.normalized(text),
+                special=special and token not in known.visible,
+            )
+        )
     return found
 
 

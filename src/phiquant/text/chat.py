@@ -29,17 +29,12 @@ def encode(
     template = tokenizer.chat_template
     if template is None:
         raise TemplateError("the model has no chat template; give it a plain prompt instead")
-    mask = Mask((token.content for token in tokenizer.added_tokens), [template.source, *_strings([messages, extra])])
-    masked_extra = {name: mask.hide_all(value) for name, value in extra.items()}
-    rendered = template.render(
-        [
-            {key: value if key == "role" else mask.hide_all(value) for key, value in message.items()}
-            if isinstance(message, Mapping)
-            else message
-            for message in messages
-        ],
+    read = template.read(messages)
+    mask = Mask((token.content for token in tokenizer.marks), [template.source, *_strings([read, extra])])
+    rendered = template.render_read(
+        [{key: value if key == "role" else mask.hide_all(value) for key, value in message.items()} for message in read],
         add_generation_prompt,
-        **masked_extra,
+        **{name: mask.hide_all(value) for name, value in extra.items()},
     )
     return tokenizer.encode_marked(mask.reveal(rendered), tokenizer.special_spans(rendered))
 

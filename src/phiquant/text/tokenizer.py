@@ -1,15 +1,18 @@
-"""Text to token ids and back, for the SentencePiece vocabularies of Phi-3 and Phi-3.5.
+"""Text to token ids and back, for the SentencePiece vocabularies of Phi-3 and the byte-level ones of all other Phis.
 
 The truth is the published tokenizer.json run by the `tokenizers` library:
 
 1. Added tokens are found in the text (`added.py`), with the whitespace they strip.
-2. Every fragment between them gets one space in front (unless the file's `add_space_prefix` is false), and spaces
-   become U+2581.
-3. The fragment is merged into pieces (`bpe.py`); what has no piece becomes bytes.
+2. The fragments between them are spelled as the vocabulary does. For SentencePiece every fragment gets one space in
+   front (unless the file's `add_space_prefix` is false), and spaces become U+2581; a byte-level vocabulary changes
+   nothing.
+3. Words are merged into pieces (`words.py`); what has no piece becomes bytes (`pieces.py`), or everything is bytes to
+   begin with (`bytelevel.py`).
 
-Decoding is the inverse: U+2581 is a space, byte tokens are bytes, and the one space that step 2 put in front of the
-first fragment is dropped. So `decode(encode(text, special=False)) == text` for every text, leading spaces included,
-with one exception that no tokenizer of this kind can avoid: U+2581 itself reads back as a space.
+Decoding is the inverse; of SentencePiece the one space that step 2 put in front of the first fragment is dropped. So
+`decode(encode(text, special=False)) == text` for every text, leading spaces included, with one exception that no
+SentencePiece tokenizer can avoid: U+2581 itself reads back as a space. Nothing is tidied: the spaces before punctuation
+that transformers can be told to drop (`clean_up_tokenization_spaces`) are part of the text.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ from phiquant.text.added import (
     ADDED_TOKENS_KEY,
     AddedToken,
     Matcher,
-    Span,
     added_tokens_from_json,
     default_added_tokens,
     spans,
 )
-from phiquant.text.bpe import SPACE, PieceEncoder
 from phiquant.text.detokenizer import Detokenizer
+from phiquant.text.pieces import PieceEncoder
 from phiquant.text.template import ChatTemplate
-from phiquant.text.vocabulary import TokenType, Vocabulary
+from phiquant.text.vocabulary import SENTENCEPIECE, TokenType, Vocabulary
+from phiquant.text.words import WordEncoder
 
 if TYPE_CHECKING:
     from phiquant.gguf import GGUFFile
@@ -53,6 +56,7 @@ class Tokenizer:
         """`added_tokens` None: the defaults of `added.default_added_tokens`."""
         self.chat_template = chat_template
         self.vocabulary = vocabulary
+        self._assumed = added_tokens is None
         self.added_tokens = tuple(default_added_tokens(vocabulary) if added_tokens is None else added_tokens)
 
     @classmethod
@@ -74,6 +78,19 @@ class Tokenizer:
             None if added is None else added_tokens_from_json(added, vocabulary),
             None if source is None else ChatTemplate(source, bos_token=texts[0], eos_token=texts[1]),
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the file does not say and was assumed, and what was repaired in its template; one sentence each."""
+        from phiquant.text import published
+
+        notes = list(self.vocabulary.notes)
+        known = published.recognize(self.vocabulary.tokens) if self._assumed else None
+        if known is not None:
+            notes.append(f"the file lacks the attributes of added tokens; those published for {known.name} are assumed")
+        if self.chat_template is not None:
+            notes += self.chat_template.notes
+        return tuple(notes)
 
     @property
     def vocab_size(self) -> int:
@@ -105,42 +122,52 @@ class Tokenizer:
         """Ids without a text of their own, which must never be sampled; int64 [count], ascending."""
         return np.array(self.vocabulary.padding(), dtype=np.int64)
 
+    @cached_property
+    def marks(self) -> tuple[AddedToken, ...]:
+        """Added tokens that mean something, so that only a template may write them: all but those that are text."""
+        return tuple(token for token in self.added_tokens if not token.is_text or token.id in self.eog_ids)
+
     def encode(self, text: str, *, special: bool = True, add_bos: bool | None = None) -> list[int]:
         """Ids of `text`.
 
-        special: added tokens in the text become their ids; False encodes them as ordinary characters, and then no id of
-        a control or user-defined token can come out, whatever the text.
+        special: added tokens in the text become their ids; False encodes those that are marks as ordinary characters
+        (see `AddedToken.is_text`), and then no id of a control token or of a mark comes out, whatever the text.
         add_bos: put `bos_id` in front; None does as the file says. The file's `add_eos_token` is not followed: a prompt
         that is to be continued must not end.
         Raises RequestError for text with lone surrogates, TokenizerError for a vocabulary that cannot express the text.
         """
         ids = [self.bos_id] if (self.add_bos if add_bos is None else add_bos) and self.bos_id is not None else []
-        return ids + self._encode(text, self._raw_matcher.matches(text) if special else (), special=special)
+        raw, normalized = self._matchers if special else self._text_matchers
+        return ids + self._encode(text, raw.matches(text), normalized)
 
     def encode_marked(self, text: str, matches: Iterable[tuple[int, int, AddedToken]]) -> list[int]:
-        """Ids of `text` in which exactly `matches` (start, end, token; ascending) are added tokens; no bos."""
-        return self._encode(text, matches, special=False)
+        """Ids of `text` in which, of all marks, exactly `matches` (start, end, token; ascending) are tokens; no bos."""
+        return self._encode(text, matches, self._text_matchers[1])
 
     def special_spans(self, text: str) -> list[tuple[int, int, AddedToken]]:
         """Where added tokens lie in the raw text: start, end and token, before whitespace is stripped."""
-        return list(self._raw_matcher.matches(text))
+        raw, normalized = self._matchers
+        found = list(raw.matches(text))
+        if self._encoder.normalize(" ") == " ":  # then the normalized text is the raw one, and positions hold
+            for span in spans(text, found):
+                if span.token is None:
+                    inner = normalized.matches(text[span.start : span.end])
+                    found += [(span.start + start, span.start + end, token) for start, end, token in inner]
+        return sorted(found, key=lambda match: match[0])
 
-    def _encode(self, text: str, matches: Iterable[tuple[int, int, AddedToken]], *, special: bool) -> list[int]:
+    def _encode(self, text: str, matches: Iterable[tuple[int, int, AddedToken]], normalized: Matcher) -> list[int]:
         _refuse_surrogates(text)
         ids: list[int] = []
         for span in spans(text, matches):
             if span.token is not None:
                 ids.append(span.token.id)
                 continue
-            fragment = text[span.start : span.end]
-            if self.vocabulary.add_space_prefix:
-                fragment = SPACE + fragment
-            fragment = fragment.replace(" ", SPACE)
-            for part in self._normalized_matcher.split(fragment) if special else [Span(0, len(fragment), None)]:
+            fragment = self._encoder.normalize(text[span.start : span.end])
+            for part in normalized.split(fragment):
                 if part.token is not None:
                     ids.append(part.token.id)
                 else:
-                    ids += self._pieces.encode(fragment[part.start : part.end])
+                    ids += self._encoder.encode(fragment[part.start : part.end])
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -166,19 +193,16 @@ class Tokenizer:
         return len(ids) > 0 and bool(self.token_bytes(ids[-1]))
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to decoded text: nothing for control, unknown and unused ones. Raises TokenError."""
-        if self.vocabulary.types[self._checked(token)] in (TokenType.CONTROL, TokenType.UNKNOWN):
-            return b""
-        return self._token_text(token)
+        """What a token adds to decoded text: nothing for special, unknown and unused ones. Raises TokenError."""
+        return b"" if self._checked(token) in self._silent else self._token_text(token)
 
     def _token_text(self, token: int) -> bytes:
         type_ = self.vocabulary.types[self._checked(token)]
-        text = self.vocabulary.tokens[token]
         if type_ == TokenType.UNUSED:
             return b""
-        if type_ == TokenType.BYTE:
-            return self._byte_values.get(token, b"")
-        return text.replace(SPACE, " ").encode()
+        if type_ in (TokenType.NORMAL, TokenType.BYTE):
+            return self._encoder.token_bytes(token)
+        return self.vocabulary.tokens[token].encode()
 
     def _checked(self, token: int) -> int:
         if not 0 <= token < len(self.vocabulary):
@@ -186,25 +210,35 @@ class Tokenizer:
         return token
 
     @cached_property
-    def _byte_values(self) -> dict[int, bytes]:
-        values = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-        tokens = self.vocabulary.tokens
-        return {i: values[tokens[i]] for i in self.vocabulary.of_type(TokenType.BYTE) if tokens[i] in values}
+    def _silent(self) -> frozenset[int]:
+        """Ids that decoded text leaves out. What is said of an added token counts more than its type."""
+        silent = set(self.vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN))
+        silent -= {token.id for token in self.added_tokens if not token.special}
+        return frozenset(silent | {token.id for token in self.added_tokens if token.special})
 
     @cached_property
-    def _pieces(self) -> PieceEncoder:
-        return PieceEncoder(self.vocabulary)
+    def _encoder(self) -> WordEncoder:
+        if self.vocabulary.model == SENTENCEPIECE:
+            return PieceEncoder(self.vocabulary)
+        from phiquant.text.bytelevel import ByteLevelEncoder  # half of the vocabularies never need it
+
+        return ByteLevelEncoder(self.vocabulary)
 
     @cached_property
-    def _raw_matcher(self) -> Matcher:
-        return Matcher({token.content: token for token in self.added_tokens if not token.normalized})
+    def _matchers(self) -> tuple[Matcher, Matcher]:
+        """Of all added tokens: those looked for in the raw text, and those in normalized fragments."""
+        return self._matchers_of(self.added_tokens)
 
     @cached_property
-    def _normalized_matcher(self) -> Matcher:
+    def _text_matchers(self) -> tuple[Matcher, Matcher]:
+        """The same of tokens that are text."""
+        return self._matchers_of([token for token in self.added_tokens if token not in self.marks])
+
+    def _matchers_of(self, tokens: Iterable[AddedToken]) -> tuple[Matcher, Matcher]:
+        tokens = list(tokens)
         # `tokenizers` normalizes the texts of such tokens as well, prefix included.
-        prefix = SPACE if self.vocabulary.add_space_prefix else ""
-        normalized = (token for token in self.added_tokens if token.normalized)
-        return Matcher({prefix + token.content.replace(" ", SPACE): token for token in normalized})
+        normalized = {self._encoder.normalize(token.content): token for token in tokens if token.normalized}
+        return Matcher({token.content: token for token in tokens if not token.normalized}), Matcher(normalized)
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -1,7 +1,7 @@
 """Rows of activations brought into the form that matrix multiplication reads.
 
 A row is cut into chunks of 256 values. A chunk holds its values, rounded to 8 bits (or as float32 for F32, F16 and BF16
-weights), their scales, and the sums that the weight format needs:
+weights, or rounded to bfloat16 for dot products of those), their scales, and the sums that the weight format needs:
 
     offset  0          256            256 + 4 s
             int8[256]  float32[s]     sums               s = 256 / group: 1 for K-quants, 8 for blocks of 32
@@ -9,8 +9,10 @@ weights), their scales, and the sums that the weight format needs:
 Chunks are stored [chunk][row]: the same chunk of neighbouring rows is adjacent, at a distance that is a constant of the
 kernel, so that a tile of several columns is addressed from one register and streams through the cache.
 
-Where the activations are the product of a SwiGLU that nothing else reads, they are gated on the way ("gated"): a row is
-then the gates and what they are multiplied with, and what they yield is never written as float32.
+Where the activations are what a pointwise operation yields (SwiGLU, GELU) and nothing else reads, it is done on the
+way: a row is then what that operation reads, and what it yields is never written as float32.
+
+For a mixture of experts the rows are taken in the order of the experts that they go to.
 """
 
 from __future__ import annotations
@@ -19,19 +21,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .emit import F32, I8, I16, I32, Emitter, Value, vec
-from .operation import Arguments, tickets
-from .simd import concatenate, dot_quads, nearest_int, reduce
-from .swiglu import apply_gate
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["ARGUMENTS", "CHUNK", "PADDING", "Activations", "body", "chunk_stride"]
+from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
+from .library import function
+from .operation import Arguments, NativeOp, Region, tickets
+from .pointwise import Pointwise, float_bits
+from .route import Routes
+from .simd import concatenate, dot_quads, float_to_bfloat, nearest_int, reduce
+from .target import Target
+
+__all__ = ["CHUNK", "PADDING", "Activations", "bind", "body", "chunk_stride"]
 
 CHUNK = 256  # values of a row that are handled together
 PADDING = 12  # rows are padded to a multiple of this, which every tile divides, so that tiles may read beyond the last
 _UNITS = 16  # chunks to a ticket
 _TINY = 1e-36  # below this 127 / amax overflows; such a group is rounded to zeros
 
-ARGUMENTS = Arguments("count", "x", "out", "columns")
+ARGUMENTS = Arguments("count", "x", "out", "columns", "limit", "order", "divisor")
 
 
 @dataclass(frozen=True)
@@ -39,21 +47,25 @@ class Activations:
     """The form of one chunk.
 
     Attributes:
-        group: values that share a scale, 256 or 32; 0 leaves them float32.
+        group: values that share a scale, 256 or 32; 0 leaves them floats.
         span: values to a sum, 16 or 32.
         sums: "pairs": int16 sums of the rounded values; "start": int32, sums times -centre, from which a dot product
             with levels biased by `centre` starts; "scaled": float32, sums times the group's scale.
         centre: bias of the levels.
+        bfloat: floats are rounded to bfloat16; one zero follows an odd number of them.
     """
 
     group: int
     span: int = 32
     sums: Literal["none", "pairs", "start", "scaled"] = "none"
     centre: int = 0
+    bfloat: bool = False
 
     @property
     def name(self) -> str:
         """For the kernel's name."""
+        if self.bfloat:
+            return "bfloat"
         return f"{self.group}.{self.span}.{self.sums}.{self.centre}"
 
     @property
@@ -70,7 +82,8 @@ class Activations:
     def stride(self) -> int:
         """Bytes of a chunk."""
         if not self.group:
-            return 4 * CHUNK + 64  # not a multiple of a power of two, which would crowd few cache sets
+            size = 2 if self.bfloat else 4
+            return size * CHUNK + 64  # not a multiple of a power of two, which would crowd few cache sets
         size = {"none": 0, "pairs": 2, "start": 4, "scaled": 4}[self.sums]
         return -(-(self.sums_offset + size * (CHUNK // self.span)) // 16) * 16
 
@@ -84,11 +97,43 @@ Source = Callable[["Value | int", int], Value]
 """Reads float32 lanes at an offset in bytes."""
 
 
-def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
-    """The kernel that fills a scratch area with all rows of a step; float32 [count, columns] in (gated: 2 columns)."""
+def bind(
+    form: Activations,
+    x: Region,
+    scratch: NDArray[np.uint8],
+    columns: int,
+    before: Pointwise | None,
+    target: Target,
+    routes: Routes | None = None,
+) -> NativeOp:
+    """Fill `scratch` with x, float32 [rows, columns], or with what `before` makes of x, [rows, its parts * columns].
+
+    With `routes` it is filled with a row for each of them, in their order: x has a row for each token, or with the
+    count of the routes for each of those.
+    """
+    name = f"activations.{form.name}" + (f".{before.name}" if before else "") + (".routed" if routes else "")
+    block = ARGUMENTS.pack(
+        count=routes.count if routes else x.count,
+        x=x.address,
+        out=scratch.ctypes.data,
+        columns=columns,
+        limit=float_bits(before.limit) if before else 0,
+        order=routes.order.ctypes.data if routes else 0,
+        divisor=routes.used if routes and x.count != routes.count else 1,
+    )
+    kernel = function(name, 4, body(form, before, routed=routes is not None), target)
+    return NativeOp(kernel, block, (x.array, scratch, routes))
+
+
+def body(form: Activations, before: Pointwise | None = None, *, routed: bool = False) -> Callable[..., None]:
+    """The kernel that fills a scratch area with all rows of a step.
+
+    Row i is that of x, or if `routed` the one of number order[i] / divisor, rounded down; the order is int32.
+    """
+    parts = before.parts if before else 1
 
     def kernel(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
-        count_at, x, out, columns = ARGUMENTS.read_all(e, block)
+        count_at, x, out, columns, limit, order, divisor = ARGUMENTS.read_all(e, block)
         count = e.load(count_at, x.type, align=8)
         chunks = (columns + (CHUNK - 1)).udiv(CHUNK)
         between = chunk_stride(count, form)
@@ -99,10 +144,13 @@ def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
             with e.loop(first, e.min(first + _UNITS, units)) as unit:
                 row = unit.udiv(chunks)
                 chunk = unit - row * chunks
-                source = _source(e, x + ((row * columns << int(gated)) + chunk * CHUNK) * 4, columns, gated)
+                place = e.load(order + 4 * row, I32).sext(I64).udiv(divisor) if routed else row
+                source = _source(e, x + (place * columns * parts + chunk * CHUNK) * 4, columns, before, limit)
                 target = out + chunk * between + row * form.stride
                 left = e.min(columns - chunk * CHUNK, CHUNK)
-                if not form.group:
+                if form.bfloat:
+                    _round_floats(e, source, target, left)
+                elif not form.group:
                     _copy(e, source, target, left)
                 elif form.group == CHUNK:
                     _round_chunk(e, form, source, target)
@@ -112,14 +160,16 @@ def body(form: Activations, *, gated: bool = False) -> Callable[..., None]:
     return kernel
 
 
-def _source(e: Emitter, at: Value, columns: Value, gated: bool) -> Source:
+def _source(e: Emitter, at: Value, columns: Value, before: Pointwise | None, limit: Value) -> Source:
     def plain(offset: Value | int, lanes: int) -> Value:
         return e.load(at + offset, vec(F32, lanes))
 
-    def multiplied(offset: Value | int, lanes: int) -> Value:
-        return apply_gate(e, plain(offset, lanes), e.load(at + 4 * columns + offset, vec(F32, lanes)))
+    def computed(offset: Value | int, lanes: int) -> Value:
+        assert before is not None
+        parts = [plain(4 * i * columns + offset, lanes) for i in range(before.parts)]
+        return before.apply(e, limit.trunc(I32).bits(F32), *parts)
 
-    return multiplied if gated else plain
+    return computed if before else plain
 
 
 def _copy(e: Emitter, source: Source, target: Value, left: Value) -> None:
@@ -128,6 +178,16 @@ def _copy(e: Emitter, source: Source, target: Value, left: Value) -> None:
         e.store(source(i * 4, 16), target + i * 4)
     with e.loop(whole, left) as i:
         e.store(source(i * 4, 1), target + i * 4)
+
+
+def _round_floats(e: Emitter, source: Source, target: Value, left: Value) -> None:
+    whole = left & ~15
+    with e.loop(0, whole, 16) as i:
+        e.store(float_to_bfloat(e, source(i * 4, 16)), target + i * 2)
+    with e.loop(whole, left) as i:
+        e.store(float_to_bfloat(e, source(i * 4, 1)), target + i * 2)
+    with e.when((left & 1) != 0):
+        e.store(e.const(I16, 0), target + left * 2)
 
 
 def _magnitude(e: Emitter, parts: list[Value]) -> Value:

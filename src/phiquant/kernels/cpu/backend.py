@@ -1,28 +1,23 @@
-"""The CPU backend: binds a Program to native kernels, and runs its steps with a team of threads."""
+"""The CPU backend: runs the steps of a bound Program with a team of threads."""
 
 from __future__ import annotations
 
-import itertools
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import KernelError
+from ...errors import KernelError, RequestError
 from .. import ops
-from . import attention, library, matmul, rms_norm, rotate_store, select_rows, sum_squares, swiglu
-from .cache import KVCache, StepTables
+from . import attention, library, matmul
+from .binding import Binder, Progress, Report
 from .embed import Embedding
-from .memory import release
-from .operation import NativeOp, Region, StepHeader, aligned
-from .team import Team, available_threads, native_program
+from .operation import NativeOp
+from .target import host
+from .team import Team, native_program
 
 __all__ = ["CpuBackend", "CpuExecutable"]
-
-Progress = Callable[[str], None]
 
 # A rough guess of what a part of a step takes, from which long steps are cut: a native call hears no Ctrl-C.
 _PART_SECONDS = 0.05
@@ -42,11 +37,14 @@ class CpuBackend:
 
         Raises:
             KernelError: there is no kernel for a shape or a type, or memory is short.
+            RequestError: `capacity` asks for dot products of BF16, which this processor lacks.
         """
-        report = _Report(self._progress)
+        if capacity.bf16_dot and not host().has_bfloat_dot:
+            raise RequestError(f"dot products of BF16 were asked for (bf16_dot), but {matmul.NO_BFLOAT_DOT}")
+        report = Report(self._progress)
         library.on_compile.append(report.compiling)
         try:
-            return CpuExecutable(_Binder(program, capacity, report))
+            return CpuExecutable(Binder(program, capacity, report))
         except MemoryError:
             raise KernelError(
                 "there is not enough memory for weights, cache and buffers; ask for a shorter context, smaller batches "
@@ -56,146 +54,34 @@ class CpuBackend:
             library.on_compile.remove(report.compiling)
 
 
-class _Report:
-    """Tells what is going on, not too often, from any thread."""
-
-    def __init__(self, tell: Progress | None) -> None:
-        self._tell, self._lock, self._compiled, self._last = tell, threading.Lock(), False, time.monotonic()
-        self.total = self._done = 0
-
-    def compiling(self, name: str) -> None:
-        with self._lock:
-            if self._tell and not self._compiled:
-                self._tell("compiling kernels for this processor, once")
-            self._compiled = True
-
-    def arranged(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._tell and time.monotonic() - self._last > 2.0:
-                self._last = time.monotonic()
-                self._tell(f"arranging weights: {self._done / 1e9:.1f} of {self.total / 1e9:.1f} GB")
-
-
 @dataclass(frozen=True)
 class _Cost:
-    """Of one native operation: bytes read whatever the step, multiplications per row, and which rows."""
+    """Of one native operation: bytes of its weights, multiplications per token or output, and which of them.
+
+    `spared` is the share of the weights that a token does not use: several use all but a power of it.
+    """
 
     nbytes: int
     products: int
     outputs: bool
+    spared: float = 0.0
 
 
-class _Binder:
-    """Everything an executable consists of, made from a Program."""
-
-    def __init__(self, program: ops.Program, capacity: ops.Capacity, report: _Report) -> None:
-        self.program, self.capacity, self.report = program, capacity, report
-        self.threads = capacity.threads or available_threads()
-        self.header = StepHeader()
-        self.tables = StepTables.of(program.attention, capacity)
-        self.cache = KVCache(program.attention, program.layers, capacity)
-        rows = {"tokens": capacity.tokens, "outputs": capacity.outputs}
-        self.regions = {
-            id(b): Region(self._rows(rows[b.rows], b.width), self.header.address(b.rows)) for b in program.buffers
-        }
-        self.shared = attention.scratch(self.cache, self.threads)
-        products = [op for op in program.operations if isinstance(op, ops.MatMul)]
-        weights = {id(op.weight): op.weight for op in products}  # a matrix that is used twice is packed once
-        report.total = sum(w.data.nbytes for w in weights.values())
-        self.packed = {key: self._pack(w) for key, w in weights.items()}
-        needs = [matmul.scratch_bytes(self.packed[id(op.weight)], rows[op.x.rows]) for op in products]
-        self.scratch = aligned(max(needs, default=0))  # operations run one after the other, so all share it
-        rooms = [matmul.buffer_bytes(packed, self.threads) for packed in self.packed.values()]
-        self.buffers = aligned(max(rooms, default=0))
-        self.gates = _gates(program)
-        self.gated = {id(op) for op in self.gates.values()}
-        self.bound = [self._bind(op) for op in program.operations]
-
-    def _pack(self, weight: ops.Weight) -> matmul.Packed:
-        packed = matmul.prepare(weight, threads=self.threads, pack_now=self.capacity.pack)
-        if not np.may_share_memory(packed.data, weight.data):
-            release(weight.data)  # or the model would be in memory twice
-        self.report.arranged(weight.data.nbytes)
-        return packed
-
-    @staticmethod
-    def _rows(rows: int, width: int) -> NDArray[np.float32]:
-        return aligned(4 * rows * width).view(np.float32).reshape(rows, width)
-
-    def _bind(self, op: ops.Operation) -> Embedding | list[NativeOp]:
-        at = {name: self.regions[id(b)] for name, b in vars(op).items() if isinstance(b, ops.Buffer)}
-        match op:
-            case ops.Embed():
-                return Embedding(op.weight, self.tables.tokens, at["out"])
-            case ops.RMSNorm():
-                return [rms_norm.bind(at["x"], op.weight.data.view(np.float32), op.epsilon, at["out"])]
-            case ops.MatMul():
-                packed = self.packed[id(op.weight)]
-                gate = self.gates.get(id(op))
-                return matmul.bind(
-                    packed,
-                    self.regions[id(gate.x)] if gate else at["x"],
-                    at["out"],
-                    add=op.add,
-                    scratch=self.scratch,
-                    threads=self.threads,
-                    buffers=self.buffers,
-                    gated=gate is not None,
-                )
-            case ops.RotateStore():
-                return [rotate_store.bind(at["qkv"], at["q_out"], self.tables, self.cache, op.layer)]
-            case ops.Attention():
-                return [
-                    attention.bind(
-                        at["q"], at["out"], self.tables, self.header, self.cache, op.layer, self.shared, self.threads
-                    )
-                ]
-            case ops.SwiGLU():
-                return [] if id(op) in self.gated else [swiglu.bind(at["x"], at["out"])]
-            case ops.Select():
-                return [select_rows.bind(at["x"], self.tables.outputs, at["out"])]
-            case ops.SumSquares():
-                return [sum_squares.bind(at["x"], op.sums, op.counts)]
-        raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
-
-
-def _gates(program: ops.Program) -> dict[int, ops.SwiGLU]:
-    """By the matrix multiplication that comes next and alone reads its output, every SwiGLU of which that is true.
-
-    Such a multiplication gates its activations itself: what lies between is neither written nor read.
-    """
-    operations = program.operations
-    found = {}
-    for i, (op, after) in enumerate(itertools.pairwise(operations)):
-        if isinstance(op, ops.SwiGLU) and isinstance(after, ops.MatMul) and after.x is op.out:
-            if not _read(op.out, operations[i + 2 :]):
-                found[id(after)] = op
-    return found
-
-
-def _read(buffer: ops.Buffer, operations: Sequence[ops.Operation]) -> bool:
-    """Whether a buffer is read before it is written again."""
-    for op in operations:
-        if any(value is buffer for name, value in vars(op).items() if name != "out"):
-            return True
-        if getattr(op, "out", None) is buffer:
-            return getattr(op, "add", False)
-    return False
-
-
-def _cost(op: ops.Operation, natives: int) -> list[_Cost]:
-    if isinstance(op, ops.MatMul):
-        whole = _Cost(op.weight.data.nbytes, op.weight.rows * op.weight.columns, op.x.rows == "outputs")
-        return [_Cost(whole.nbytes // natives, whole.products // natives, whole.outputs)] * natives
-    widths = [b.width for b in vars(op).values() if isinstance(b, ops.Buffer)]
+def _cost(op: ops.Operation, natives: int, routes: int) -> list[_Cost]:
+    """Of each of the native operations of `op`; `routes` as in Program."""
+    if isinstance(op, ops.MatMul | ops.ExpertMatMul):
+        w, outputs = op.weight, op.x.rows == "outputs"
+        used = op.route.used if isinstance(op, ops.ExpertMatMul) else 1
+        products = w.rows * w.columns * used
+        return [_Cost(w.data.nbytes // natives, products // natives, outputs, 1 - used / w.matrices)] * natives
+    widths = [b.width * (routes if b.rows == "routes" else 1) for b in vars(op).values() if isinstance(b, ops.Buffer)]
     return [_Cost(0, 4 * sum(widths), False)] * natives
 
 
 class CpuExecutable:
     """A Program bound to this processor; `ops.Executable` says what the methods do. Steps run one at a time."""
 
-    def __init__(self, made: _Binder) -> None:
+    def __init__(self, made: Binder) -> None:
         self.program, self.capacity = made.program, made.capacity
         self._team = Team(made.threads)
         self._header, self._tables, self._cache = made.header, made.tables, made.cache
@@ -216,11 +102,12 @@ class CpuExecutable:
             if isinstance(op, ops.Attention):
                 self._attentions.append(len(natives))
             natives += bound
-            costs += _cost(op, len(bound))
+            costs += _cost(op, len(bound), made.program.routes)
             self._segments.append(range(start, len(natives)))
         self._native = native_program(natives)
         self._bytes = np.array([c.nbytes for c in costs], np.float64)
         self._products = np.array([c.products for c in costs], np.float64)
+        self._spared = np.array([c.spared for c in costs], np.float64)
         self._of_outputs = np.array([c.outputs for c in costs], bool)
 
     @property
@@ -264,6 +151,7 @@ class CpuExecutable:
         t.cos[:n], t.sin[:n] = step.cos, step.sin
         self._header.set("tokens", n)
         self._header.set("outputs", m)
+        self._header.set("routes", n * self.program.routes)
         return made
 
     def _parts(
@@ -272,7 +160,8 @@ class CpuExecutable:
         """The step in native calls that each take about `_PART_SECONDS`, as far as operations can be divided."""
         shape, speed = self.program.attention, _PRODUCTS_PER_SECOND * self.threads
         rows = np.where(self._of_outputs, m, n)
-        seconds = np.where(rows > 0, np.maximum(self._bytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
+        nbytes = self._bytes * (1 - self._spared**rows)
+        seconds = np.where(rows > 0, np.maximum(nbytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
         per_tile = 8 * shape.head_size * shape.kv_heads * tile_costs / speed
         attending = float(per_tile.sum())
         seconds[self._attentions] = attending

@@ -4,6 +4,9 @@ A file is named by a hash of every kernel source and of the formats' definitions
 kernel's own name, which holds all of its parameters; so a hit is always right and nothing is ever invalidated. No
 pickle: what is read back is a checksum and an ELF/Mach-O/COFF object that LLVM's loader links into the process. The
 directory must belong to the user with mode 0700, else compiled kernels stay in memory.
+
+Any thread may ask for any kernel: different ones are compiled side by side (`compiler`), and who asks for one that is
+being compiled waits for it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +29,11 @@ from llvmlite import ir
 
 from ... import quants
 from ...errors import KernelError
+from .compiler import emit_object, optimise
 from .emit import I64, VOID, Emitter, Value
 from .target import Target, host
 
-__all__ = ["cache_directory", "emit_assembly", "function", "linkers", "on_compile"]
+__all__ = ["Request", "asking", "cache_directory", "emit_assembly", "function", "linkers", "on_compile"]
 
 _DIGEST = 32  # bytes of SHA-256 before the object
 LIMIT = 256 << 20  # bytes kept in the cache directory; the files used longest ago go first
@@ -42,9 +47,44 @@ linkers: dict[str, Callable[[Target, str, int, bytes], int]] = {}
 Called with the target, the kernel's symbol, its number of arguments and the object file.
 """
 
-_lock = threading.RLock()
+_lock = threading.Lock()  # of what follows, and of LLVM's loader
 _loaded: dict[str, int] = {}
+_making: dict[str, threading.RLock] = {}  # held by the thread that makes a kernel
 _engine: Any = None
+_asked = threading.local()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `function` was asked for."""
+
+    name: str
+    arguments: int
+    body: Callable[..., None]
+    target: Target
+
+    @property
+    def key(self) -> str:
+        """Of the kernel among all."""
+        return f"{self.name}.{self.target.lowering}"
+
+    def make(self) -> int:
+        """The kernel's address."""
+        return function(self.name, self.arguments, self.body, self.target)
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[dict[str, Request]]:
+    """Within it `function`, in this thread, makes nothing and returns 0; what it was asked for is collected by key.
+
+    So one learns what binding an operation will need, by binding it for nothing. Addresses must not be kept.
+    """
+    requests: dict[str, Request] = {}
+    _asked.requests = requests
+    try:
+        yield requests
+    finally:
+        del _asked.requests
 
 
 def function(name: str, arguments: int, body: Callable[..., None], target: Target | None = None) -> int:
@@ -56,35 +96,50 @@ def function(name: str, arguments: int, body: Callable[..., None], target: Targe
         body: body(e, *values) emits the code.
         target: the processor; the host by default.
     """
-    target = target or host()
-    key = f"{name}.{target.lowering}"
+    request = Request(name, arguments, body, target or host())
+    requests: dict[str, Request] | None = getattr(_asked, "requests", None)
+    if requests is not None:
+        requests.setdefault(request.key, request)
+        return 0
+    key = request.key
     with _lock:
         if key in _loaded:
             return _loaded[key]
-        symbol = "phiquant_" + hashlib.sha256(key.encode()).hexdigest()[:20]
-        path = _path(key, target)
-        data = _read(path)
-        if data is None:
-            for notify in on_compile:
-                notify(name)
-            data = target.machine().emit_object(_module(symbol, arguments, body, target))
-            _write(path, data)
-        linker = linkers.get(target.triple)
-        address = linker(target, symbol, arguments, data) if linker else _link(symbol, data)
-        _loaded[key] = address
-        return address
+        making = _making.setdefault(key, threading.RLock())
+    with making:
+        if key not in _loaded:
+            address = _make(request)
+            with _lock:
+                _loaded[key] = address
+        return _loaded[key]
+
+
+def _make(request: Request) -> int:
+    target = request.target
+    symbol = "phiquant_" + hashlib.sha256(request.key.encode()).hexdigest()[:20]
+    path = _path(request.key, target)
+    data = _read(path)
+    if data is None:
+        for notify in tuple(on_compile):
+            notify(request.name)
+        data = emit_object(_module(symbol, request.arguments, request.body, target), target)
+        _write(path, data)
+    linker = linkers.get(target.triple)
+    with _lock:
+        return linker(target, symbol, request.arguments, data) if linker else _link(symbol, data)
 
 
 def emit_assembly(name: str, arguments: int, body: Callable[..., None], target: Target) -> str:
     """The assembly of a kernel for any target LLVM was built with; for tests of what a lowering becomes."""
-    return str(target.machine(jit=False).emit_assembly(_module(name, arguments, body, target)))
+    optimised = optimise(_module(name, arguments, body, target), target.machine())
+    return str(target.machine(jit=False).emit_assembly(optimised))
 
 
-def _module(symbol: str, arguments: int, body: Callable[..., None], target: Target) -> Any:
-    """Optimised IR."""
-    machine = target.machine()
-    m = ir.Module(symbol)
-    m.triple, m.data_layout = target.triple, str(machine.target_data)
+def _module(symbol: str, arguments: int, body: Callable[..., None], target: Target) -> str:
+    """The IR."""
+    # An own context: llvmlite's default one is shared by all threads.
+    m = ir.Module(symbol, context=ir.Context())
+    m.triple, m.data_layout = target.triple, str(target.machine().target_data)
     f = ir.Function(m, ir.FunctionType(VOID, [I64] * arguments), symbol)
     f.attributes.add("nounwind")
     entry = f.append_basic_block("entry")
@@ -97,14 +152,7 @@ def _module(symbol: str, arguments: int, body: Callable[..., None], target: Targ
     text = str(m)
     if target.vector_bytes == 64:
         text = _prefer_wide(text, symbol)
-    parsed = llvm.parse_assembly(text)
-    parsed.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    # Kernels are vectorised and unrolled by hand; LLVM doing it again to their remainders only costs compile time.
-    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(parsed, builder)
-    return parsed
+    return text
 
 
 def _prefer_wide(text: str, symbol: str) -> str:
@@ -139,7 +187,9 @@ def _path(key: str, target: Target) -> Path | None:
     directory = cache_directory()
     if directory is None:
         return None
-    h = hashlib.sha256(_sources() + f"{target}\0{key}".encode())
+    with _lock:
+        sources = _sources()
+    h = hashlib.sha256(sources + f"{target}\0{key}".encode())
     return directory / f"{h.hexdigest()[:40]}.o"
 
 

@@ -30,7 +30,7 @@ from .matmul_pairs import PairDot, has_pairs, paired
 from .matmul_tiles import LANES, Floats, Format
 from .simd import concatenate, dot_pairs, dot_quads, half_to_float, multiply_add
 
-__all__ = ["BlockFormat", "WideLevels", "halves", "nibbles"]
+__all__ = ["BlockFormat", "WideLevels", "halves", "nibbles", "spread_bits", "spread_nibble"]
 
 ENTRY = 64  # bytes of 4 levels, or one float32, for each of 16 rows
 LEVELS = vec(I8, ENTRY)
@@ -39,6 +39,19 @@ LEVELS = vec(I8, ENTRY)
 def nibbles(v: Value) -> tuple[Value, Value]:
     """Low and high halves of bytes."""
     return v & 15, _shifted(v, 4) & 15
+
+
+def spread_nibble(nibble: Value) -> Value:
+    """Bit b of a nibble at bit 8 b, i32 lanes; higher bits of the lanes must be clear."""
+    return (nibble * 0x00204081) & 0x01010101
+
+
+def spread_bits(e: Emitter, bits: Value) -> Value:
+    """Bit 4 i + b of i32 lanes moved to bit i of byte b."""
+    out = e.const(bits.type, 0)
+    for i in range(8):
+        out = out | (spread_nibble(bits.lsr(4 * i) & 15) << i)
+    return out
 
 
 def _shifted(v: Value, by: int) -> Value:

@@ -29,15 +29,13 @@ from ...gguf.types import GGMLType
 from ...quants.grids import GRIDS, codes
 from .activations import CHUNK, Activations
 from .emit import I8, I16, I32, I64, Emitter, Value, vec
-from .matmul_blocks import ENTRY, LEVELS, halves, nibbles
+from .matmul_blocks import ENTRY, LEVELS, halves, nibbles, spread_nibble
 from .matmul_float import gather
 from .matmul_kquants import KFormat, moved
 from .matmul_tiles import LANES
 from .simd import lookup
 
 __all__ = ["LATTICE_FORMATS"]
-
-SPREAD, ONES = 0x00204081, 0x01010101  # a nibble times the first has its bit b in bit 8 b
 
 
 def _points(type: GGMLType) -> bytes:
@@ -54,11 +52,6 @@ def _picked(e: Emitter, table: Value, indices: list[Value]) -> Value:
 
 def _byte(e: Emitter, at: Value) -> Value:
     return e.load(at, I8).zext(I64)
-
-
-def _spread(nibble: Value) -> Value:
-    """Bit b of a nibble at bit 8 b, i32 lanes; higher bits of the lanes must be clear."""
-    return (nibble * SPREAD) & ONES
 
 
 def _with_parity(code: Value) -> Value:
@@ -144,7 +137,7 @@ class IQ3XXS(_Three):
             eight = _with_parity(signs.lsr(7 * group) & 127)
             for half, negative in enumerate((eight & 15, eight.lsr(4))):
                 indices = [_byte(e, r + part * 8 + (2 + 2 * group + half)) for r in rows]
-                out.append(_picked(e, table, indices) | (_spread(negative) << 3))
+                out.append(_picked(e, table, indices) | (spread_nibble(negative) << 3))
         return out
 
     def pack_scales(self, e: Emitter, rows: list[Value], at: Value) -> None:
@@ -177,7 +170,7 @@ class IQ3S(_Three):
             indices = [
                 _byte(e, r + part * 8 + (2 + k)) | ((top.lsr(k) & 1) << 8) for r, top in zip(rows, tops, strict=True)
             ]
-            negative = _spread(signs.lsr(4 * k) & 15)
+            negative = spread_nibble(signs.lsr(4 * k) & 15)
             out.append((_picked(e, table, indices) | 0x08080808) ^ (negative * 15))
         return out
 
@@ -212,7 +205,7 @@ class _Two(_Lattice):
             for group in range(4):
                 indices, eight = self.pick(e, rows, part, group)
                 magnitudes.append(_picked(e, table, indices))
-                signs = signs | (_spread(eight & 15) << group) | (_spread(eight.lsr(4)) << (group + 4))
+                signs = signs | (spread_nibble(eight & 15) << group) | (spread_nibble(eight.lsr(4)) << (group + 4))
             e.store(magnitudes[0] | (magnitudes[1] << 4), at)
             e.store(magnitudes[2] | (magnitudes[3] << 4), at + ENTRY)
             e.store(self.with_scale(e, rows, part, signs, chunk), at + 2 * ENTRY)

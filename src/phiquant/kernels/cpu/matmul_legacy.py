@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .activations import CHUNK, Activations
 from .emit import I16, I32, Emitter, Value, vec
-from .matmul_blocks import ENTRY, LEVELS, BlockFormat, WideLevels, halves, nibbles
+from .matmul_blocks import ENTRY, LEVELS, BlockFormat, WideLevels, halves, nibbles, spread_bits
 from .matmul_float import gather
 from .matmul_tiles import LANES
 
@@ -50,7 +50,7 @@ class LegacyFormat(BlockFormat):
                 word = gather(e, here, self.head + top + 4 * j, I32)
                 e.store(word ^ -0x7F7F7F80 if self.bits == 8 else word, to + j * ENTRY)
             if top:
-                e.store(_spread(e, gather(e, here, self.head, I32)), to + 4 * ENTRY)
+                e.store(spread_bits(e, gather(e, here, self.head, I32)), to + 4 * ENTRY)
 
     def _block(self, chunk: Value, run: Value) -> Value:
         return chunk + run * (LANES * self.block_bytes)
@@ -82,15 +82,6 @@ class Q8(WideLevels, LegacyFormat):
 
     def __init__(self) -> None:
         super().__init__(8, minimum=False)
-
-
-def _spread(e: Emitter, bits: Value) -> Value:
-    """Bit 4 i + b of i32 lanes moved to bit i of byte b."""
-    out = e.const(vec(I32, LANES), 0)
-    for i in range(8):
-        nibble = bits.lsr(4 * i) & 15
-        out = out | (((nibble * 0x00204081) & 0x01010101) << i)
-    return out
 
 
 LEGACY_FORMATS: dict[str, LegacyFormat] = {

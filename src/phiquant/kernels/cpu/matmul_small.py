@@ -17,7 +17,7 @@ from abc import abstractmethod
 
 from .activations import CHUNK, Activations
 from .emit import I8, I16, I32, Emitter, Value, vec
-from .matmul_blocks import ENTRY, LEVELS, BlockFormat, halves
+from .matmul_blocks import ENTRY, LEVELS, BlockFormat, halves, spread_bits
 from .matmul_float import gather
 from .matmul_tiles import LANES
 
@@ -98,11 +98,7 @@ class Q10(SmallFormat):
         """Emit the interleaving of a block of 16 rows."""
         e.store(gather(e, rows, 0, I16), to)
         for i in range(self.entries):
-            bits = gather(e, rows, 2 + 4 * i, I32)
-            spread = e.const(vec(I32, LANES), 0)
-            for t in range(8):  # bit 4 t + b moves to bit t of byte b
-                spread = spread | ((((bits.lsr(4 * t) & 15) * 0x00204081) & 0x01010101) << t)
-            e.store(spread, to + (HEAD + i * ENTRY))
+            e.store(spread_bits(e, gather(e, rows, 2 + 4 * i, I32)), to + (HEAD + i * ENTRY))
 
     def levels(self, e: Emitter, chunk: Value, run: Value) -> list[list[Value]]:
         """Levels of the sub-blocks of a run."""

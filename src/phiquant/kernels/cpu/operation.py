@@ -33,10 +33,10 @@ def aligned(nbytes: int, alignment: int = 64) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Rows in memory that an operation reads or writes.
+    """Rows in memory that an operation reads or writes: all of their columns, or some.
 
     Attributes:
-        array: owns the memory; [rows, width] of its element type, rows contiguous.
+        array: keeps the memory alive; [rows, width] of its element type, the elements of a row adjacent.
         count: address of the int64 that says how many rows the present step uses.
     """
 
@@ -44,13 +44,25 @@ class Region:
     count: int
 
     def __post_init__(self) -> None:
-        if self.array.ndim != 2 or not self.array.flags.c_contiguous:
-            raise KernelError("a region must be a contiguous matrix")
+        a = self.array
+        if a.ndim != 2 or not (a.flags.c_contiguous or a.strides[1] == a.itemsize):
+            raise KernelError("a region must be a matrix whose rows are contiguous")
+
+    def columns(self, first: int, width: int) -> Region:
+        """Some of the columns, which must exist."""
+        return Region(self.array[:, first : first + width], self.count)
 
     @property
     def address(self) -> int:
-        """Of the first element."""
+        """Of the first element, for a kernel that takes rows one right after the other. KernelError if they are not."""
+        if not self.array.flags.c_contiguous:
+            raise KernelError("a region must be a contiguous matrix here, not some columns of one")
         return int(self.array.ctypes.data)
+
+    @property
+    def strided(self) -> tuple[int, int]:
+        """Address of the first element, and bytes from a row to the next, for a kernel that minds them."""
+        return int(self.array.ctypes.data), int(self.array.strides[0])
 
     @property
     def width(self) -> int:
@@ -110,7 +122,7 @@ def tickets(e: Emitter, counter: Value, count: Value) -> Iterator[Value]:
 class StepHeader:
     """The sizes of the running step, as int64 words whose addresses never change."""
 
-    NAMES = ("tokens", "outputs", "first_tile", "last_tile")
+    NAMES = ("tokens", "outputs", "routes", "first_tile", "last_tile")
 
     def __init__(self) -> None:
         self._words = aligned(64).view(np.int64)

@@ -15,7 +15,7 @@ from .matmul_tiles import LANES, Format
 from .operation import Arguments, aligned, tickets
 from .target import Target
 
-__all__ = ["SLACK", "call", "pack"]
+__all__ = ["SLACK", "call", "pack", "pack_kernel"]
 
 _ARGUMENTS = Arguments("weights", "out", "rows", "columns", "row_bytes", "panel_bytes")
 _SIGNATURE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
@@ -34,6 +34,11 @@ def _body(f: Format) -> Callable[..., None]:
     return kernel
 
 
+def pack_kernel(name: str, f: Format, target: Target) -> int:
+    """The kernel that makes panels."""
+    return function(f"pack.{name}", 4, _body(f), target)
+
+
 def call(kernel: int, block: NDArray[np.int64], threads: int) -> None:
     """Run a native operation on threads of Python's, which hold no interpreter lock meanwhile."""
     f = _SIGNATURE(kernel)
@@ -46,11 +51,19 @@ def call(kernel: int, block: NDArray[np.int64], threads: int) -> None:
 
 
 def pack(
-    name: str, f: Format, data: NDArray[np.uint8], rows: int, columns: int, target: Target, threads: int
+    name: str,
+    f: Format,
+    data: NDArray[np.uint8],
+    rows: int,
+    columns: int,
+    target: Target,
+    threads: int,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Panels of a matrix of which `data` holds the rows as the file does."""
+    """Panels of a matrix of which `data` holds the rows as the file does; in `out`, just as large, if it is given."""
     panels, panel_bytes = -(-rows // LANES), f.panel_bytes(columns)
-    out = aligned(panels * panel_bytes + SLACK)
+    if out is None:
+        out = aligned(panels * panel_bytes + SLACK)
     block = _ARGUMENTS.pack(
         weights=data.ctypes.data,
         out=out.ctypes.data,
@@ -59,5 +72,5 @@ def pack(
         row_bytes=data.size // rows,
         panel_bytes=panel_bytes,
     )
-    call(function(f"pack.{name}", 4, _body(f), target), block, min(threads, panels))
+    call(pack_kernel(name, f, target), block, min(threads, panels))
     return out

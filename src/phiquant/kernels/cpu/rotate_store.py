@@ -59,23 +59,42 @@ def bind(
         page_tokens=cache.page_tokens, head_size=shape.head_size, rotary=shape.rotary,
         kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
     )  # fmt: skip
-    name = f"rotate_store_{cache.elements.name}"
-    kernel = function(name, 4, _emitter(cache.elements), target or host())
+    name = f"rotate_store_{cache.elements.name}{'_neighbours' if shape.neighbours else ''}"
+    turn = _turn_neighbours if shape.neighbours else _turn_halves
+    kernel = function(name, 4, _emitter(cache.elements, turn), target or host())
     return NativeOp(kernel, block, (qkv, q_out, tables, cache))
 
 
-def _rotate(e: Emitter, source: Value, target: Value, cos: Value, sin: Value, half: Value, size: Value) -> None:
+def _turn_halves(e: Emitter, source: Value, target: Value, cos: Value, sin: Value, half: Value) -> None:
     for i, lanes in spans(e, e.integer(0), half):
         t = vec(F32, lanes)
         a, b = e.load(source + 4 * i, t), e.load(source + 4 * (half + i), t)
         c, s = e.load(cos + 4 * i, t), e.load(sin + 4 * i, t)
         e.store(a * c - b * s, target + 4 * i)
         e.store(b * c + a * s, target + 4 * (half + i))
+
+
+def _turn_neighbours(e: Emitter, source: Value, target: Value, cos: Value, sin: Value, half: Value) -> None:
+    for i, lanes in spans(e, e.integer(0), half):
+        both = e.load(source + 8 * i, vec(F32, 2 * lanes))
+        a, b = both.shuffle(range(0, 2 * lanes, 2)), both.shuffle(range(1, 2 * lanes, 2))
+        c, s = e.load(cos + 4 * i, vec(F32, lanes)), e.load(sin + 4 * i, vec(F32, lanes))
+        turned = (a * c - b * s).shuffle([k for j in range(lanes) for k in (j, lanes + j)], b * c + a * s)
+        e.store(turned, target + 8 * i)
+
+
+_Turn = Callable[[Emitter, Value, Value, Value, Value, Value], None]
+
+
+def _rotate(
+    e: Emitter, turn: _Turn, source: Value, target: Value, cos: Value, sin: Value, half: Value, size: Value
+) -> None:
+    turn(e, source, target, cos, sin, half)
     for i, lanes in spans(e, 2 * half, size):
         e.store(e.load(source + 4 * i, vec(F32, lanes)), target + 4 * i)
 
 
-def _emitter(elements: Elements) -> Callable[..., None]:
+def _emitter(elements: Elements, turn: _Turn) -> Callable[..., None]:
     def body(e: Emitter, block: Value, thread: Value, threads: Value, counter: Value) -> None:
         a = dict(zip(ARGS.names, ARGS.read_all(e, block), strict=True))
         n, group, kv_heads, half = a["head_size"], a["group"], a["kv_heads"], a["rotary"] // 2
@@ -88,7 +107,7 @@ def _emitter(elements: Elements) -> Callable[..., None]:
             row = a["qkv"] + 4 * (q_width + 2 * kv_width) * token
             cos, sin = (a[name] + 4 * half * token for name in ("cos", "sin"))
             with e.loop(head * group, head * group + group) as h:
-                _rotate(e, row + 4 * n * h, a["q_out"] + 4 * (q_width * token + n * h), cos, sin, half, n)
+                _rotate(e, turn, row + 4 * n * h, a["q_out"] + 4 * (q_width * token + n * h), cos, sin, half, n)
             key = row + 4 * (q_width + n * head)
             # The next head of this token, for which its turn comes after that of other tokens, rows away.
             with e.loop(4 * n, 8 * n, 64) as line:
@@ -97,7 +116,7 @@ def _emitter(elements: Elements) -> Callable[..., None]:
             with e.loop(4 * n * group * (head + 1), 4 * n * group * (head + 2), 64) as line:
                 e.prefetch(row + line)
                 e.prefetch(a["q_out"] + 4 * q_width * token + line, write=True)
-            _rotate(e, key, rotated, cos, sin, half, n)
+            _rotate(e, turn, key, rotated, cos, sin, half, n)
             return key
 
         def place_of(head: Value, token: Value) -> Place:

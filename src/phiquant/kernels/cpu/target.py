@@ -57,6 +57,11 @@ class Target:
         """Whether a * b + c with one rounding is an instruction; else it is a slow call of the C library."""
         return "+fma" in self.features.split(",") or self.arm
 
+    @property
+    def has_bfloat_dot(self) -> bool:
+        """Whether products of bfloat16 are added up in float32 by an instruction, of the wide registers used here."""
+        return self.vector_bytes == 64 and "+avx512bf16" in self.features.split(",")
+
     def machine(self, *, jit: bool = True) -> Any:
         """LLVM's target machine."""
         t = llvm.Target.from_triple(self.triple)

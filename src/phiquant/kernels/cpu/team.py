@@ -35,7 +35,7 @@ from .library import function
 from .operation import ERROR_OFFSET, NativeOp, aligned
 from .waiting import pause, sleep, wake, yield_core
 
-__all__ = ["OPERATION", "Team", "available_threads", "native_program"]
+__all__ = ["OPERATION", "Team", "available_threads", "native_program", "prepare_team"]
 
 OPERATION = np.dtype([("kernel", np.int64), ("block", np.int64)])
 """What a team runs: an array of these addresses."""
@@ -154,6 +154,11 @@ class _Native:
 @cache
 def _native() -> _Native:
     return _Native()
+
+
+def prepare_team() -> None:
+    """Make the kernels of all teams, or find them in the cache; else the first step does."""
+    _native()
 
 
 class _State:

@@ -1,0 +1,209 @@
+"""Files made and looked at: `convert`, `quantize`, `split`, `merge`, `verify`, `inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from .options import Json, KeepNan, MaxMemory, NoTensorFirstSplit, Quiet, Resume, SplitMaxSize, SplitMaxTensors, Threads
+
+__all__ = ["convert", "inspect", "merge", "quantize", "split", "verify"]
+
+
+def convert(
+    model: Annotated[
+        str,
+        Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision]."),
+    ],
+    outfile: Annotated[
+        Path | None, Option("--outfile", "-o", metavar="FILE", help="Default: named after the model and the type.")
+    ] = None,
+    outtype: Annotated[
+        str, Option("--outtype", metavar="TYPE", help="auto, f32, f16, bf16, q8_0, or any type of quantize.")
+    ] = "auto",
+    threads: Threads = 0,
+    keep_nan: KeepNan = False,
+    split_max_tensors: SplitMaxTensors = None,
+    split_max_size: SplitMaxSize = None,
+    no_tensor_first_split: NoTensorFirstSplit = False,
+    resume: Resume = False,
+    max_memory: MaxMemory = None,
+    quiet: Quiet = False,
+) -> int:
+    """Convert a Hugging Face checkpoint to GGUF."""
+    from .. import convert as body
+    from ..notices import Notices
+    from ..sizes import parse_size
+    from ..split import division_of
+
+    with Notices(quiet=quiet).compiling():
+        return body.convert(
+            model,
+            outfile,
+            outtype,
+            threads=threads,
+            keep_nan=keep_nan,
+            division=division_of(split_max_tensors, split_max_size, no_tensor_first_split),
+            resume=resume,
+            max_memory=None if max_memory is None else parse_size("--max-memory", max_memory),
+            quiet=quiet,
+        )
+
+
+def quantize(
+    arguments: Annotated[
+        list[str],
+        Argument(
+            metavar="IN [OUT] TYPE [NTHREADS]",
+            help="IN: a GGUF file, a checkpoint's folder or a repository. OUT: by default a name with the type in it. "
+            "TYPE: such as Q4_K_M, or llama.cpp's number, or COPY.",
+        ),
+    ],
+    pure: Annotated[bool, Option("--pure", help="One type for all tensors, instead of llama.cpp's mixture.")] = False,
+    output_tensor_type: Annotated[
+        str | None, Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None, Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        Option(
+            "--tensor-type",
+            metavar="PATTERN=TYPE",
+            help="Type of the tensors whose name holds this regular expression; may be repeated, the first match wins.",
+        ),
+    ] = None,
+    tensor_type_file: Annotated[
+        Path | None,
+        Option(
+            "--tensor-type-file",
+            metavar="FILE",
+            help="Further PATTERN=TYPE from a file, separated by spaces or newlines; they come after --tensor-type.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        Option("--imatrix", metavar="FILE", help="Weigh errors by this importance matrix, GGUF or .dat."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        Option("--calibrate", metavar="TEXT", help="Collect an importance matrix on this text first, and weigh by it."),
+    ] = None,
+    include_weights: Annotated[
+        list[str] | None,
+        Option(
+            "--include-weights", metavar="NAME", help="Use it only for weights with this in their name; repeatable."
+        ),
+    ] = None,
+    exclude_weights: Annotated[
+        list[str] | None,
+        Option(
+            "--exclude-weights", metavar="NAME", help="Do not use it for weights with this in their name; repeatable."
+        ),
+    ] = None,
+    prune_layers: Annotated[
+        str | None, Option("--prune-layers", metavar="L0,L1,...", help="Leave these layers out, counted from 0.")
+    ] = None,
+    leave_output_tensor: Annotated[bool, Option("--leave-output-tensor", help="Leave output.weight as it is.")] = False,
+    allow_requantize: Annotated[
+        bool, Option("--allow-requantize", help="Quantize what is quantized already, at a loss.")
+    ] = False,
+    override_kv: Annotated[
+        list[str] | None,
+        Option("--override-kv", metavar="KEY=TYPE:VALUE", help="Change or add metadata: int, float, bool or str."),
+    ] = None,
+    keep_nan: KeepNan = False,
+    keep_split: Annotated[bool, Option("--keep-split", help="Write parts as the source has them.")] = False,
+    split_max_tensors: SplitMaxTensors = None,
+    split_max_size: SplitMaxSize = None,
+    no_tensor_first_split: NoTensorFirstSplit = False,
+    resume: Resume = False,
+    max_memory: MaxMemory = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and the file's size; write nothing.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Quantize a GGUF file, a checkpoint or a repository, in one step."""
+    from .. import quantize as body
+    from ..notices import Notices
+    from ..sizes import parse_size
+    from ..split import division_of
+
+    options = body.QuantizeOptions(
+        pure=pure,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        tensor_type=tensor_type or [],
+        tensor_type_file=tensor_type_file,
+        imatrix=imatrix,
+        calibrate=calibrate,
+        include_weights=include_weights or [],
+        exclude_weights=exclude_weights or [],
+        prune_layers=prune_layers,
+        leave_output_tensor=leave_output_tensor,
+        allow_requantize=allow_requantize,
+        override_kv=override_kv or [],
+        keep_nan=keep_nan,
+        division=division_of(split_max_tensors, split_max_size, no_tensor_first_split),
+        keep_split=keep_split,
+        resume=resume,
+        max_memory=None if max_memory is None else parse_size("--max-memory", max_memory),
+        dry_run=dry_run,
+        quiet=quiet,
+    )
+    with Notices(quiet=quiet).compiling():
+        return body.quantize(arguments, options)
+
+
+def split(
+    file: Annotated[Path, Argument(metavar="IN", help="A GGUF file, or the first part of a split model.")],
+    prefix: Annotated[
+        Path, Argument(metavar="OUT-PREFIX", help="What the names of the parts begin with: PREFIX-00001-of-0000M.gguf.")
+    ],
+    split_max_tensors: Annotated[
+        int | None, Option("--split-max-tensors", metavar="N", help="Tensors in each part, at most; 128 by default.")
+    ] = None,
+    split_max_size: Annotated[
+        str | None,
+        Option("--split-max-size", metavar="N(M|G)", help="Bytes of tensors in each part, at most, instead."),
+    ] = None,
+    no_tensor_first_split: NoTensorFirstSplit = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the parts and their sizes; write nothing.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Divide a GGUF file into parts, as llama-gguf-split --split does."""
+    from .. import split as body
+
+    division = body.division_of(split_max_tensors, split_max_size, no_tensor_first_split)
+    return body.split(file, prefix, division, dry_run=dry_run, quiet=quiet)
+
+
+def merge(
+    first: Annotated[Path, Argument(metavar="FIRST-PART", help="The first part, NAME-00001-of-0000M.gguf.")],
+    outfile: Annotated[Path, Argument(metavar="OUT", help="The file to write; it must not exist.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the file's size; write nothing.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Join the parts of a split model in one file, as llama-gguf-split --merge does."""
+    from .. import split as body
+
+    return body.merge(first, outfile, dry_run=dry_run, quiet=quiet)
+
+
+def verify(
+    file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file, or the first part of a split model.")],
+    as_json: Json = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Check a GGUF file: header, offsets and lengths, every weight and scale, and the checksum if it has one."""
+    from .. import verify as body
+
+    return body.verify(file, as_json=as_json, threads=threads, quiet=quiet)
+
+
+def inspect(file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file.")], as_json: Json = False) -> None:
+    """Show what a GGUF file holds: header, metadata, tensors, totals."""
+    from .. import inspect as body
+
+    body.inspect(file, as_json)

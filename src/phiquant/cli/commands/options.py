@@ -1,0 +1,51 @@
+"""Options that several verbs have."""
+
+from typing import Annotated
+
+from typer import Option
+
+__all__ = [
+    "CACHE_TYPES",
+    "BFloatDot",
+    "Json",
+    "KeepNan",
+    "MaxMemory",
+    "NoTensorFirstSplit",
+    "Quiet",
+    "Resume",
+    "SplitMaxSize",
+    "SplitMaxTensors",
+    "Threads",
+]
+
+Threads = Annotated[
+    int, Option("--threads", "-t", metavar="N", min=0, help="Processor threads; 0: all that the process may use.")
+]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+KeepNan = Annotated[bool, Option("--keep-nan", help="Accept NaN and infinity in weights instead of refusing them.")]
+SplitMaxTensors = Annotated[
+    int | None,
+    Option("--split-max-tensors", metavar="N", help="Write parts of at most N tensors: PREFIX-00001-of-0000M.gguf."),
+]
+SplitMaxSize = Annotated[
+    str | None,
+    Option("--split-max-size", metavar="N(M|G)", help="Write parts with at most so many bytes of tensors."),
+]
+NoTensorFirstSplit = Annotated[bool, Option("--no-tensor-first-split", help="Put metadata only into the first part.")]
+Resume = Annotated[
+    bool,
+    Option("--resume", help="Keep what is done if interrupted, and continue what an interrupted run with it left."),
+]
+MaxMemory = Annotated[
+    str | None, Option("--max-memory", metavar="SIZE", help="Memory to stay within, such as 500M; 1.5G by default.")
+]
+CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by verbs that run models alone
+Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
+BFloatDot = Annotated[
+    bool,
+    Option(
+        "--bf16-dot/--no-bf16-dot",
+        help="Round activations that meet BF16 weights to BF16: twice as fast on processors with AVX512_BF16, at the "
+        "price of a mean KL divergence of 1.2e-5 nats per token (measured on the bundled model).",
+    ),
+]

@@ -1,0 +1,62 @@
+"""Logits of Phi-2 against transformers in float32: whole vocabulary, one prefill, chunks, and token by token."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phiquant import LLM
+from phiquant.convert import convert
+
+pytestmark = pytest.mark.parity
+
+MOST_KL = {"f16": 1e-6, "f32": 1e-9}  # by the type of the cache
+CLOSE = 0.01  # in log-probability
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divergence_from_transformers(
+    parity: Any, phi2: Any, tmp_path: Path, backend: str, record_property: Callable[[str, object], None]
+) -> None:
+    """At a length that is no multiple of anything; F16's rounding may swap two tokens that are equally likely."""
+    ids = phi2.ids(131)
+    expected = parity.truth(parity.saved(phi2, tmp_path / "hf"), ids)
+    path = convert(tmp_path / "hf", tmp_path / "model.gguf", "f32", quiet=True).plan.path
+    for cache_type, most in MOST_KL.items():
+        with LLM.load(path, backend=backend, cache_type=cache_type) as llm:
+            found = parity.log_softmax(llm.logits(ids))
+        divergence = parity.kl(expected, found)
+        record_property(f"{backend} {cache_type}", divergence)
+        print(f"KL phi2 {phi2.name:20} {backend:10} {cache_type} {divergence:.2e}")
+        assert divergence <= most, cache_type
+        top, ours = expected.argmax(axis=1), found.argmax(axis=1)
+        rows = np.flatnonzero(top != ours)
+        if cache_type == "f32":
+            assert len(rows) == 0
+        assert (expected[rows, top[rows]] - expected[rows, ours[rows]] < CLOSE).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [512, 7, 1])
+def test_chunks_give_what_transformers_gives(parity: Any, tmp_path: Path, backend: str, batch: int) -> None:
+    model = parity.FAMILIES["phi2"]["phi_2"]
+    expected = parity.truth(parity.saved(model, tmp_path / "hf"), model.ids(40))
+    path = convert(tmp_path / "hf", tmp_path / "model.gguf", "f32", quiet=True).plan.path
+    with LLM.load(path, backend=backend, cache_type="f32", batch=batch) as llm:
+        assert parity.kl(expected, parity.log_softmax(llm.logits(model.ids(40)))) <= MOST_KL["f32"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_text_is_that_of_transformers(parity: Any, tmp_path: Path, backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    model = parity.FAMILIES["phi2"]["phi_1"]
+    made, prompt = parity.saved(model, tmp_path / "hf"), model.ids(20)
+    expected = made.generate(
+        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, 20:].tolist()
+    path = convert(tmp_path / "hf", tmp_path / "model.gguf", "f32", quiet=True).plan.path
+    with LLM.load(path, backend=backend) as llm:
+        assert list(llm.generate(prompt, max_tokens=30, temperature=0, ignore_eos=True).ids) == expected
