@@ -23,7 +23,7 @@ from phiquant.kernels.cpu.cache import KVCache, StepTables
 from phiquant.kernels.cpu.operation import NativeOp, Region, StepHeader
 from phiquant.kernels.cpu.target import Target, host
 from phiquant.kernels.cpu.team import Team, native_program
-from phiquant.kernels.ops import AttentionShape, Capacity
+from phiquant.kernels.ops import AttentionShape, BlockSparse, Capacity
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,25 @@ class Case:
     head_size: int
     tokens: int
     start: int
+    sparse: BlockSparse | None = None
+
+    def keys(self) -> tuple[int, int]:
+        """Keys that are met by all queries of all heads, and keys that the last token reads of all key-value heads."""
+        positions = np.arange(self.start, self.start + self.tokens)
+        if self.sparse is None:
+            return int((positions + 1).sum()) * self.heads, (self.start + self.tokens) * self.kv_heads
+        size = self.sparse.block
+        mine, theirs = (positions // size)[:, None], np.arange(positions[-1] // size + 1)
+        within = np.clip(positions[:, None] + 1 - theirs * size, 0, size)
+        met, read = 0, 0
+        for heads in np.arange(self.heads).reshape(self.kv_heads, -1):
+            seen = [(mine - theirs < self.sparse.local) | ((theirs + h + 1) % self.sparse.stride == 0) for h in heads]
+            met += sum(int((within * s).sum()) for s in seen)
+            read += int((within * np.any(seen, axis=0))[-1].sum())
+        return met, read
 
 
+PHI_3_SMALL = BlockSparse(64, 16, 8)
 CASES = (
     Case("Phi-3.5-mini, prompt of 512", 32, 32, 96, 512, 0),
     Case("Phi-3.5-mini, 512 after 3584", 32, 32, 96, 512, 3584),
@@ -43,6 +60,10 @@ CASES = (
     Case("Phi-3.5-mini, token 1024", 32, 32, 96, 1, 1023),
     Case("Phi-3.5-mini, token 4096", 32, 32, 96, 1, 4095),
     Case("Phi-3-medium, token 4096", 40, 10, 128, 1, 4095),
+    Case("Phi-3-small, 512 after 7680, dense", 32, 8, 128, 512, 7680),
+    Case("Phi-3-small, 512 after 7680, sparse", 32, 8, 128, 512, 7680, PHI_3_SMALL),
+    Case("Phi-3-small, token 8192, dense", 32, 8, 128, 1, 8191),
+    Case("Phi-3-small, token 8192, sparse", 32, 8, 128, 1, 8191, PHI_3_SMALL),
 )
 
 
@@ -67,7 +88,8 @@ def bound(case: Case, kind: GGMLType, threads: int, target: Target) -> tuple[Nat
         return Region(rng.standard_normal((n, width), dtype=np.float32), header.address("tokens"))
 
     q, memory = rows(shape.q_width), attention.scratch(cache, threads)
-    attend = attention.bind(q, rows(shape.q_width), tables, header, cache, 0, memory, threads, target)
+    out = rows(shape.q_width)
+    attend = attention.bind(q, out, tables, header, cache, 0, memory, threads, target, sparse=case.sparse)
     store = rotate_store.bind(rows(shape.q_width + 2 * shape.kv_width), q, tables, cache, 0, target)
     return attend, store
 
@@ -102,14 +124,13 @@ def main() -> None:
             operations = [bound(case, kind, threads, target) for kind in kinds]
             attending = seconds(team, [attend for attend, _ in operations], options.repeat)
             storing = seconds(team, [store for _, store in operations], options.repeat)
-            seen = sum(range(case.start + 1, case.start + case.tokens + 1))
-            products = 4 * seen * case.heads * case.head_size
-            tokens = 2 * (case.start + case.tokens) * case.kv_heads
+            met, keys = case.keys()
+            products = 4 * met * case.head_size
             for kind, times, stores in zip(kinds, attending, storing, strict=True):
-                took, read = statistics.median(times), tokens * kind.row_bytes(case.head_size)
+                took, read = statistics.median(times), 2 * keys * kind.row_bytes(case.head_size)
                 factor = statistics.median(a / b for a, b in zip(attending[0], times, strict=True))
                 print(
-                    f"  {case.name:30} {kind.name:4} {1e3 * took:9.3f} ms {products / took / 1e9:7.1f} GFLOP/s"
+                    f"  {case.name:36} {kind.name:4} {1e3 * took:9.3f} ms {products / took / 1e9:7.1f} GFLOP/s"
                     f" {read / took / 1e9:6.1f} GB/s x{factor:.2f}; storing {1e3 * statistics.median(stores):7.3f} ms"
                 )
         team.close()

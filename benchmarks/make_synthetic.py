@@ -6,7 +6,7 @@ The defaults are the model's: of Phi-3.5-mini 3.82 B parameters, bfloat16, two s
 seventeen shards, 83.7 GB (2.6 GB for each of its layers). The weights are normal with a standard deviation of 0.02 and
 a few outliers in every row, drawn once into a pool of 16 M values from which every tensor takes runs at random places;
 so writing takes as long as the disk, and memory stays below 300 MB. The tokenizer's files are the bundled model's. What
-such a model says means nothing.
+such a model says means nothing. With --filled some layers are left empty, for disks that are too small.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32064)
     parser.add_argument("--shards", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--filled", type=int, help="layers whose matrices are written; those of others are holes, zeros"
+    )
     a = parser.parse_args()
     for name, value in SHAPES[a.model].items():
         if getattr(a, name) is None:
@@ -160,9 +163,12 @@ def pool(rng: np.random.Generator) -> np.ndarray:
 
 
 def write_shard(
-    path: Path, members: list[tuple[str, tuple[int, ...]]], values: np.ndarray, rng: np.random.Generator
+    path: Path, members: list[tuple[str, tuple[int, ...]]], values: np.ndarray, rng: np.random.Generator, filled: int
 ) -> None:
-    """A safetensors file: length of the header, the header, the tensors one after the other."""
+    """A safetensors file: length of the header, the header, the tensors one after the other.
+
+    Where the layers from `filled` on would have their matrices, the file has a hole, which takes no room on the disk.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in members:
@@ -179,11 +185,16 @@ def write_shard(
                 vector = values[:left].astype(np.float32) + (0 if name.endswith(".bias") else 1)
                 f.write(vector.astype(ml_dtypes.bfloat16).tobytes())
                 continue
+            layer = name.removeprefix("model.layers.").split(".")[0]
+            if layer.isdecimal() and int(layer) >= filled:
+                f.seek(2 * left, 1)
+                continue
             while left:
                 count = min(left, RUN)
                 start = int(rng.integers(0, POOL - count + 1))
                 f.write(values[start : start + count].view(np.uint8).data)
                 left -= count
+        f.truncate(8 + len(text) + offset)
 
 
 def main() -> None:
@@ -202,7 +213,7 @@ def main() -> None:
     index: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
         file = "model.safetensors" if a.shards == 1 else f"model-{number:05}-of-{a.shards:05}.safetensors"
-        write_shard(a.directory / file, members, values, rng)
+        write_shard(a.directory / file, members, values, rng, a.layers if a.filled is None else a.filled)
         index.update({name: file for name, _ in members})
     if a.shards > 1:
         document = {"metadata": {"total_size": 2 * total}, "weight_map": index}

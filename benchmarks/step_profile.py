@@ -44,12 +44,15 @@ class Profile:
                 continue
             for native in bound:
                 name, last = type(op).__name__, native is bound[-1]
-                if isinstance(op, ops.MatMul):
-                    kind = op.weight.name.split(".")[-2]
-                    name = f"MatMul {kind} {op.weight.type.name}" if last else "rounding of activations"
+                if isinstance(op, ops.MatMul | ops.ExpertMatMul):
+                    kind, used = op.weight.name.split(".")[-2], 1
+                    if isinstance(op, ops.ExpertMatMul):
+                        used = op.route.used
+                    name = f"{name} {kind} {op.weight.type.name}" if last else "rounding of activations"
                     if last:
-                        totals[name][0] += 2.0 * op.weight.rows * op.weight.columns
-                        totals[name][1] += op.weight.data.nbytes
+                        totals[name][0] += 2.0 * op.weight.rows * op.weight.columns * used
+                        # Of experts those of one token: the bandwidth is that of decoding.
+                        totals[name][1] += op.weight.data.nbytes * used / op.weight.matrices
                 self.steps.append((name, native_program([native])))
         self.work = {name: (a, b) for name, (a, b) in totals.items()}
 

@@ -2,10 +2,9 @@
 
     python scripts/parity_table.py [--models NAME,...] [--oracle PYTHON] [--peer PYTHON] [--page FILE] [--json FILE]
 
-`make parity-table` runs it. The models are those of tests/parity/conftest.py (`MODELS`, written by `write_checkpoint`),
-of whatever architecture, and the bundled one. A model needs a name and ids(length); one that transformers cannot run,
-or runs otherwise than it was released, has truth(checkpoint, sequences) as well, which yields blocks of logits as
-`Transformers.blocks` does.
+`make parity-table` runs it. The models are those of tests/parity (conftest.py and models_*.py), and the bundled one.
+What is right is what transformers says; of PhiMoE and Phi-3-small, which it runs otherwise than they were released or
+not at all, what the float64 implementations beside the tests say (numpy_*.py).
 
 Every model is converted here, to F32, and the one file is given to both engines, with caches in float32. What stands
 between the two marks of the page is replaced; the rest is written by hand.
@@ -14,7 +13,7 @@ between the two marks of the page is replaced; the rest is written by hand.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,25 +102,57 @@ class Row:
     theirs: dict[int, Divergence] | str
 
 
-def parity() -> Any:
-    """tests/parity/conftest.py."""
-    path = ROOT / "tests" / "parity" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("parity_conftest", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@dataclass(frozen=True)
+class Subject:
+    """A model of the table: how its checkpoint is written and, where transformers is not asked, what is right."""
+
+    label: str
+    model: Any
+    write: Callable[[Any, Path], Path]
+    truth: Callable[[Any, Sequence[int]], np.ndarray] | None = None
 
 
-def lengths(borders: Borders) -> list[int]:
-    """Below, at and beyond every border."""
+def subjects() -> list[Subject]:
+    """All models, by architecture."""
+    conftest = module("conftest")
+    found = [Subject(TINY.name, Bundled(), lambda _, folder: Path(shutil.copytree(TINY, folder)))]
+    write = conftest.write_checkpoint
+    found += [Subject(f"phi3 {name}", model, write) for name, model in conftest.MODELS.items()]
+    for family in ("phi2", "llama"):
+        found += [Subject(f"{family} {name}", model, write) for name, model in conftest.FAMILIES[family].items()]
+    phimoe, moe = module("models_phimoe"), module("numpy_phimoe")
+    small, wide = module("models_phi3small"), module("numpy_phi3small")
+    found += [
+        Subject(
+            f"phimoe {name}",
+            model,
+            phimoe.write_checkpoint,
+            lambda m, ids: moe.PhiMoE(m.config(), m.weights()).logits(ids),
+        )
+        for name, model in phimoe.MODELS.items()
+    ]
+    found += [
+        Subject(f"phi3small {name}", model, write, lambda m, ids: wide.logits(m, m.weights(), list(ids)))
+        for name, model in (small.MODELS | small.OTHERS).items()
+    ]
+    return found
+
+
+def module(name: str) -> Any:
+    """A file of tests/parity."""
+    folder = ROOT / "tests" / "parity"
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # they import one another by name
+    return importlib.import_module(name)
+
+
+def lengths(borders: Borders, plain: int = PLAIN) -> list[int]:
+    """Below, at and beyond every border; `plain` where there is none."""
     there = [border for border in (borders.original, borders.window) if border]
-    found = {length for border in there for length in (border, border + 1, border + BEYOND)}
+    found = {min(length, borders.context) for border in there for length in (border, border + 1, border + BEYOND)}
     if borders.original:
         found.add(borders.original // 2)
-    return sorted(found) or [PLAIN]
+    return sorted(found) or [plain]
 
 
 def contexts(borders: Borders, tokens: int) -> list[int]:
@@ -134,16 +165,18 @@ def blocks_of(logits: Sequence[np.ndarray]) -> Iterator[Block]:
     return ((index, 0, rows) for index, rows in enumerate(logits))
 
 
-def measured(model: Any, checkpoint: Path, oracle: Path, peer: Path, folder: Path) -> Iterator[Row]:
+def measured(subject: Subject, oracle: Path, peer: Path, folder: Path) -> Iterator[Row]:
+    model = subject.model
+    checkpoint = subject.write(model, folder / "checkpoint")
     borders = Borders.of_checkpoint(checkpoint)
-    tokens = lengths(borders)
+    tokens = lengths(borders, getattr(model, "length", PLAIN))
     file = folder / "model.gguf"
     convert(checkpoint, file, "f32", quiet=True)
     sequences = [model.ids(count) for count in tokens]
-    truth = expected(model, checkpoint, sequences, oracle)
+    truth = expected(subject, checkpoint, sequences, oracle)
     with LLM.load(file, context=max(tokens), cache_type="f32", speculate=False) as llm:
         found = compared(RowsBase(blocks_of(truth)), llm.stream_logits(sequences), tokens)
-    certificate = certify({"checkpoint": model.name}, borders, found)
+    certificate = certify({"checkpoint": subject.label}, borders, found)
     runs = [(i, context) for i, count in enumerate(tokens) for context in contexts(borders, count)]
     theirs: dict[int, dict[int, Divergence]] | str = {i: {} for i in range(len(tokens))}
     try:
@@ -155,21 +188,18 @@ def measured(model: Any, checkpoint: Path, oracle: Path, peer: Path, folder: Pat
             ((values, same),) = compared(RowsBase(iter([(0, 0, truth[i])])), iter([(0, 0, logits)]), [tokens[i]])
             theirs[i][context] = Divergence.of(values, same)
     for i, part in enumerate(certificate.parts):
-        yield Row(model.name, borders, part.tokens, part.divergence, theirs if isinstance(theirs, str) else theirs[i])
+        yield Row(
+            subject.label, borders, part.tokens, part.divergence, theirs if isinstance(theirs, str) else theirs[i]
+        )
 
 
-def expected(model: Any, checkpoint: Path, sequences: list[list[int]], python: Path) -> list[np.ndarray]:
+def expected(subject: Subject, checkpoint: Path, sequences: list[list[int]], python: Path) -> list[np.ndarray]:
     """Logits that are right, of each sequence."""
-
-    def gathered(blocks: Iterator[Block]) -> list[np.ndarray]:
-        groups = itertools.groupby(blocks, key=lambda block: block[0])
-        return [np.concatenate([rows for _, _, rows in group]) for _, group in groups]
-
-    own = getattr(model, "truth", None)
-    if own is not None:
-        return gathered(own(checkpoint, sequences))
+    if subject.truth is not None:
+        return [subject.truth(subject.model, ids).astype(np.float32) for ids in sequences]
     with Transformers(checkpoint, sequences, python) as oracle:
-        return gathered(oracle.blocks())
+        groups = itertools.groupby(oracle.blocks(), key=lambda block: block[0])
+        return [np.concatenate([rows for _, _, rows in group]) for _, group in groups]
 
 
 def peer_logits(python: Path, file: Path, runs: list[tuple[list[int], int]], folder: Path) -> list[np.ndarray]:
@@ -233,19 +263,15 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--json", type=Path, help="write all figures there as well")
     arguments = parser.parse_args()
-    conftest = parity()
-    wanted = arguments.models.split(",") if arguments.models else [TINY.name, *conftest.MODELS]
+    found = {subject.label: subject for subject in subjects()}
+    wanted = arguments.models.split(",") if arguments.models else list(found)
+    unknown = [name for name in wanted if name not in found]
+    if unknown:
+        sys.exit(f"parity_table: error: there is no model {unknown[0]!r}; there are {', '.join(found)}")
     rows: list[Row] = []
     for name in wanted:
         with tempfile.TemporaryDirectory(prefix="phiquant-parity-") as temporary:
-            folder = Path(temporary)
-            if name == TINY.name:
-                model: Any = Bundled()
-                checkpoint = shutil.copytree(TINY, folder / TINY.name)
-            else:
-                model = conftest.MODELS[name]
-                checkpoint = conftest.write_checkpoint(model, folder / name)
-            for row in measured(model, checkpoint, arguments.oracle, arguments.peer, folder):
+            for row in measured(found[name], arguments.oracle, arguments.peer, Path(temporary)):
                 rows.append(row)
                 print(*table([row]).splitlines()[2:], sep="\n", flush=True)
     if arguments.json is not None:

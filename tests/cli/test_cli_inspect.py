@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from phiquant.cli.inspect import inspect
+from phiquant.convert import convert
 from phiquant.errors import GGUFError
 from phiquant.gguf import GGMLType, GGUFFile, GGUFWriter, ValueType
+
+MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
 
 WORDS = [f"word{index}" for index in range(1234)]
 
@@ -159,3 +162,24 @@ def test_a_file_that_says_all_leaves_nothing_to_be_assumed(path: Path, capsys: p
     assert json.loads(capsys.readouterr().out)["assumptions"] == []
     inspect(path, False)
     assert "assumed" not in capsys.readouterr().out
+
+
+def test_what_a_vocabulary_leaves_out_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in files of llama.cpp, which have no place for the whitespace that added tokens swallow."""
+    whole, bare = tmp_path / "whole.gguf", tmp_path / "bare.gguf"
+    convert(MODEL, whole, "q8_0", quiet=True)
+    with GGUFFile.open(whole) as source, GGUFWriter(bare) as writer:
+        for key, field in source.fields.items():
+            if not key.startswith("phiquant."):
+                writer.add(key, field.value, field.type, field.item_type)
+        for name, info in source.tensors.items():
+            writer.add_tensor(name, info.shape, info.type)
+        writer.begin()
+        for name in source.tensors:
+            writer.write(name, source.data(name))
+        writer.commit()
+    for path, count in ((whole, 0), (bare, 1)):
+        inspect(path, True)
+        assumptions = json.loads(capsys.readouterr().out)["assumptions"]
+        assert len(assumptions) == count
+    assert "lacks the attributes of added tokens" in assumptions[0]

@@ -32,6 +32,9 @@ def read(made: Assembly, begin: int, size: int) -> np.ndarray:
 
 def rows_of(part: Rows) -> np.ndarray:
     whole = BYTES[part.tensor.name].reshape(-1, part.row_bytes)
+    if part.turns > 1:
+        order = [part.first + turn + i for i in range(part.count // part.turns) for turn in _starts(part)]
+        return whole[order].reshape(-1)
     return whole[part.first :: part.step][: part.count].reshape(-1)
 
 
@@ -53,6 +56,22 @@ def test_any_bytes_of_rows_that_are_picked(begin: int, size: int, chunk: int, mo
     parts = (Rows(A, 1, 3, step=2), Rows(B, 0, 2, step=5), Rows(A, 0, 1, step=4), Rows(B, 2, 4), Rows(A, 3, 1, step=9))
     made = Assembly((11, 5), parts)
     whole = np.concatenate([rows_of(part) for part in parts])
+    size = min(size, whole.size - begin)
+    assert (read(made, begin, size) == whole[begin : begin + size]).all()
+
+
+def _starts(part: Rows) -> range:
+    """First rows of the parts that are taken in turn."""
+    return range(0, part.count, part.count // part.turns)
+
+
+@pytest.mark.parametrize("begin", [0, 1, 19, 20, 60, 99, 139])
+@pytest.mark.parametrize("size", [1, 20, 21, 61, 160, 400])
+def test_any_bytes_of_rows_that_are_taken_in_turn(begin: int, size: int) -> None:
+    parts = (Rows(A, 0, 6, turns=2), Rows(B, 0, 4), Rows(A, 0, 6, turns=3), Rows(B, 1, 4, turns=2))
+    made = Assembly((20, 5), parts)
+    whole = np.concatenate([rows_of(part) for part in parts])
+    assert rows_of(parts[0]).tolist() == BYTES["a"].reshape(6, -1)[[0, 3, 1, 4, 2, 5]].reshape(-1).tolist()
     size = min(size, whole.size - begin)
     assert (read(made, begin, size) == whole[begin : begin + size]).all()
 

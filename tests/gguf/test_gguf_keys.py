@@ -28,7 +28,7 @@ def test_constants_are_known_names() -> None:
 
 def test_keys_of_an_architecture_are_known_names() -> None:
     ours = set(vars(keys.ArchitectureKeys("{arch}")).values())
-    assert len(ours) == 20
+    assert len(ours) == 23
     assert ours <= KNOWN
     assert keys.ArchitectureKeys("phi3").head_count_kv == "phi3.attention.head_count_kv"
 

@@ -18,9 +18,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from phiquant import LLM
-from phiquant.convert import convert
+from phiquant.convert import convert, quantize
 from phiquant.eval.kl import compare_logits
-from phiquant.gguf import GGUFFile
+from phiquant.gguf import FileType, GGMLType, GGUFFile
 
 pytestmark = [pytest.mark.interop, pytest.mark.cpu]
 
@@ -33,6 +33,7 @@ CONTEXT = 512  # beyond LongRoPE's border too, by which llama.cpp chooses its fa
 # Mean divergence, twice what was measured: both engines keep F16 keys and values. llama.cpp takes GELU from a table of
 # F16, which is what is seen of Phi-2.
 BOUNDS = {"phi2": 5e-8, "llama": 2.2e-9}
+ROUNDED = 4.2e-4  # of quantized models, whose activations the engines round at other moments
 # Of keys that differ between the converters, why.
 EXPLAINED = {
     "general.name": "keeps its hyphens, so that llama.cpp takes the special tokens for Phi-3's",
@@ -86,6 +87,15 @@ def ours(path: Path, ids: list[int]) -> np.ndarray:
         return llm.logits(ids)
 
 
+def their_convert(source: Path, directory: Path, out: Path, *options: str) -> Path:
+    if not PYTHON.exists():
+        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
+    command = [PYTHON, "-c", CONVERT, source, source / "convert_hf_to_gguf.py", directory, "--outfile", out, *options]
+    done = subprocess.run([*command, "--outtype", "f32"], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
 @pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 def test_llama_cpp_computes_our_file_as_we_do(checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp: Any) -> None:
     """But for the sliding window, of which it knows nothing: within the window it does, beyond it does not."""
@@ -102,19 +112,36 @@ def test_llama_cpp_computes_our_file_as_we_do(checkpoint: tuple[Any, Path], tmp_
         assert values[window:].mean() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K_M", "IQ4_XS"])
+@pytest.mark.parametrize("checkpoint", ["phi2_phi_1", "llama_as_phi4_128"], indirect=True)
+def test_quantized_it_is_the_same_file_and_model(
+    checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp: Any, their_quantize: Any, compare: Any, kind: str
+) -> None:
+    """Types by the same rules, biases and norms left alone, and the same logits but for the rounding of activations."""
+    model, directory = checkpoint
+    base = convert(directory, tmp_path / "base.gguf", "f32", quiet=True).plan.path
+    path, theirs = quantize(base, tmp_path / "ours.gguf", kind, quiet=True).plan.path, tmp_path / "theirs.gguf"
+    job = {"source": str(base), "out": str(theirs), "ftype": int(FileType[kind])}
+    assert their_quantize([job]) == [0]
+    assert compare(path, theirs) >= 0.99
+    with GGUFFile.open(path) as file:
+        assert {t.type for t in file.tensors.values() if len(t.shape) == 1} == {GGMLType.F32}
+        assert all(t.type is not GGMLType.F32 for t in file.tensors.values() if len(t.shape) == 2)
+    values, same = compare_logits(
+        llama_cpp.logits(path, model.ids(TOKENS), context=CONTEXT), ours(path, model.ids(TOKENS))
+    )
+    print(f"| {model.architecture} {model.name} {kind} | {values.mean():.1e} | {same} of {TOKENS} |")
+    assert values.mean() <= ROUNDED
+    assert same >= 0.95 * TOKENS
+
+
 @pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 def test_what_its_converter_makes_is_ours_and_runs_here(
     checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp_source: Path
 ) -> None:
-    if not PYTHON.exists():
-        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
     model, directory = checkpoint
-    path, theirs = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path, tmp_path / "theirs.gguf"
-    command = [PYTHON, "-c", CONVERT, llama_cpp_source, llama_cpp_source / "convert_hf_to_gguf.py", directory]
-    done = subprocess.run(
-        [*command, "--outfile", theirs, "--outtype", "f32"], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    path = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path
+    theirs = their_convert(llama_cpp_source, directory, tmp_path / "theirs.gguf")
     with GGUFFile.open(path) as a, GGUFFile.open(theirs) as b:
         different = {
             key
@@ -136,6 +163,19 @@ def test_what_its_converter_makes_is_ours_and_runs_here(
         values, same = compare_logits(ours(theirs, model.ids(TOKENS)), ours(path, model.ids(TOKENS)))
         assert values.max() < 1e-9
         assert same == TOKENS
+
+
+@pytest.mark.parametrize("checkpoint", ["phi2_phi_2", "llama_biased_tied_grouped_64"], indirect=True)
+def test_projections_that_its_converter_fuses_run_here(
+    checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp_source: Path
+) -> None:
+    model, directory = checkpoint
+    path = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path
+    theirs = their_convert(llama_cpp_source, directory, tmp_path / "theirs.gguf", "--fuse-qkv")
+    with GGUFFile.open(theirs) as file:
+        assert "blk.0.attn_qkv.weight" in file.tensors
+        assert "blk.0.attn_qkv.bias" in file.tensors
+    assert np.array_equal(ours(theirs, model.ids(TOKENS)), ours(path, model.ids(TOKENS)))
 
 
 def _equal(a: Any, b: Any) -> bool:

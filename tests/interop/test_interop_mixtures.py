@@ -59,7 +59,7 @@ SHAPES = {
     "llama, 32 layers, as Phi-3-mini": Shape("llama", 32, 32, 32, SPLIT),
     "llama, 40 layers, as Phi-4": Shape("llama", 40, 40, 10, SPLIT),
     "llama, 32 layers, as Phi-4-mini": Shape("llama", 32, 24, 8, SPLIT, tied=True),
-    "phimoe, 16 layers, 16 experts": Shape("phimoe", 16, 16, 4, EXPERTS, 16),
+    "phimoe, 8 layers, 16 experts": Shape("phimoe", 8, 16, 4, EXPERTS, 16),
     "llama, 22 layers": Shape("llama", 22, 32, 32, SPLIT),
     "llama, 16 layers, groups of 4, tied": Shape("llama", 16, 32, 8, SPLIT, tied=True),
     "llama, 80 layers, groups of 8": Shape("llama", 80, 64, 8, SPLIT),
@@ -69,7 +69,7 @@ SHAPES = {
     "llama, 24 layers, 4 experts": Shape("llama", 24, 32, 32, EXPERTS, 4),
     "llama, 24 layers, 3 experts": Shape("llama", 24, 32, 16, EXPERTS, 3),
 }
-WITH_BYTES = ("phi2, 8 layers", "phi3, 8 layers, groups of 3, tied", "phimoe, 16 layers, 16 experts")
+WITH_BYTES = ("phi2, 8 layers", "phi3, 8 layers, groups of 3, tied", "phimoe, 8 layers, 16 experts")
 
 
 def write(path: Path, shape: Shape) -> Path:

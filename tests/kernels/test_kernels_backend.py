@@ -20,7 +20,7 @@ from phiquant.gguf.types import GGMLType
 from phiquant.kernels import ops
 from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import backend as backend_module
-from phiquant.kernels.cpu import library, matmul
+from phiquant.kernels.cpu import fusion, library, matmul
 from phiquant.kernels.cpu.backend import CpuBackend, CpuExecutable
 from phiquant.kernels.cpu.describe import describe
 from phiquant.kernels.cpu.operation import Arguments
@@ -442,11 +442,11 @@ def test_argument_blocks_are_complete_or_refused() -> None:
 def test_only_what_nothing_else_reads_is_gated_on_the_way() -> None:
     program = model(GGMLType.Q4_K)
     products = [op for before, op in itertools.pairwise(program.operations) if isinstance(before, ops.SwiGLU)]
-    assert set(backend_module._before(program)) == {id(op) for op in products}
+    assert set(fusion.done_before(program)) == {id(op) for op in products}
     first = products[0]
     assert isinstance(first, ops.MatMul)
     sums, counts = np.zeros(first.x.width, np.float64), np.zeros(1, np.int64)
     watched = list(program.operations)
     watched.insert(watched.index(first) + 1, ops.SumSquares(first.x, sums, counts))
     observed = dataclasses.replace(program, operations=tuple(watched))
-    assert set(backend_module._before(observed)) == {id(op) for op in products[1:]}
+    assert set(fusion.done_before(observed)) == {id(op) for op in products[1:]}

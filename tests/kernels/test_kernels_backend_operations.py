@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels import ops
-from phiquant.kernels.cpu import backend as backend_module
+from phiquant.kernels.cpu import binding, fusion
 from phiquant.kernels.cpu.backend import CpuBackend
 from phiquant.kernels.reference import ReferenceBackend
 
@@ -102,7 +102,7 @@ def test_chunks_threads_and_neighbours_change_no_bit(activation: Activation) -> 
 
 def natives(program: ops.Program) -> list[int]:
     """How many native operations each operation became."""
-    made = backend_module._Binder(program, CAPACITY, backend_module._Report(None))
+    made = binding.Binder(program, CAPACITY, binding.Report(None))
     return [len(bound) if isinstance(bound, list) else -1 for bound in made.bound]
 
 
@@ -141,7 +141,7 @@ def test_rounded_activations_are_not_taken_for_those_of_a_buffer_that_has_change
 
 
 def read_after(*operations: Any) -> bool:
-    return backend_module._read(operations[0], operations[1:])
+    return fusion.read(operations[0], operations[1:])
 
 
 def test_columns_that_are_read_or_added_to_are_of_the_buffer() -> None:

@@ -12,13 +12,17 @@ from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.cpu import (
     attention,
+    combine,
+    expert_matmul,
     layer_norm,
     matmul,
     matmul_tiles,
     pointwise,
     rms_norm,
     rotate_store,
+    route,
     select_rows,
+    sum_squares,
     team,
 )
 from phiquant.kernels.cpu.cache_elements import elements_of
@@ -59,7 +63,14 @@ KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     "layer_norm": (4, layer_norm._emit),
     **{f.name: (4, pointwise.body(f)) for f in (SWIGLU, GELU, gegelu(20.0))},
     "select_rows": (4, select_rows._emit),
-    **{f"rotate_store {kind.name}": (4, rotate_store._emitter(elements_of(kind))) for kind in CACHE_TYPES.values()},
+    "route": (4, route._emit),
+    "combine": (4, combine._emit),
+    "sum_squares": (4, sum_squares._emit_routed),
+    **{
+        f"rotate_store {kind.name}{turn.__name__}": (4, rotate_store._emitter(elements_of(kind), turn))
+        for kind in CACHE_TYPES.values()
+        for turn in (rotate_store._turn_halves, rotate_store._turn_neighbours)
+    },
 }
 
 
@@ -87,7 +98,7 @@ def test_kernels_are_instructions_alone(case: tuple[Target, str], name: str) -> 
     assembly = emit_assembly(name, arguments, body, target)
     assert named(assembly) == set()
     assert (fused in assembly) == (
-        name.split()[0] in ("attention", "rms_norm", "layer_norm", "swiglu", "gelu", "gegelu")
+        name.split()[0] in ("attention", "rms_norm", "layer_norm", "swiglu", "gelu", "gegelu", "route")
     )
 
 
@@ -108,10 +119,15 @@ def test_threads_wait_as_the_system_has_it(case: tuple[Target, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", [GGMLType.Q4_K, GGMLType.Q8_0], ids=lambda kind: kind.name)
-def test_products_are_dot_instructions(case: tuple[Target, str], name_of_target: str, kind: GGMLType) -> None:
+@pytest.mark.parametrize("experts", [False, True])
+def test_products_are_dot_instructions(
+    case: tuple[Target, str], name_of_target: str, kind: GGMLType, experts: bool
+) -> None:
     """Both ways through a panel: one takes few columns, the other many, and neither multiplies bytes otherwise."""
     target, _ = case
-    assembly = emit_assembly("matmul", 4, matmul_tiles.body(matmul.FORMATS[kind], target), target)
+    f = matmul.FORMATS[kind]
+    body = expert_matmul.body(f) if experts else matmul_tiles.body(f, target)
+    assembly = emit_assembly("matmul", 4, body, target)
     multiplied = r"^\s+((?:\{vex\}\s+)?(?:u?sdot|us?mmla|smmla|v?pdpbusds?|v?pmaddubsw)\b.*)$"
     found = re.findall(multiplied, assembly, re.MULTILINE)
     for expected in DOTS[name_of_target]:

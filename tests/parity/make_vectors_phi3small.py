@@ -6,12 +6,15 @@ Of the models that mlx-lm does not know, it is numpy_phi3small.py that says it. 
 for the last tokens of each sequence.
 """
 
-import mlx_phi3small
-import numpy as np
-import numpy_phi3small
-from models_phi3small import LAST, MODELS, OTHERS
+import sys
+from pathlib import Path
 
-from conftest import KEPT, VECTORS, log_softmax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.parity import mlx_phi3small, numpy_phi3small
+from tests.parity.conftest import KEPT, VECTORS, log_softmax
+from tests.parity.models_phi3small import LAST, MODELS, OTHERS
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.parity.conftest import VECTORS, log_softmax
 from tests.parity.models_phimoe import KEPT, MODELS, VECTORS_OF, beyond
 from tests.parity.numpy_phimoe import PhiMoE
-from tests.parity.test_parity_phimoe import asked, saved
+from tests.parity.transformers_phimoe import asked, saved
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
             found, chosen = log_softmax(wide.logits(model.ids())), np.stack(wide.chosen)
         else:
             with TemporaryDirectory() as directory:
-                found, chosen = asked(saved(model, Path(directory)), model.ids())
+                logits, chosen = asked(saved(model, Path(directory)), model.ids())
+            found = log_softmax(logits)
         path = VECTORS / f"phimoe_{model.name}.npz"
         np.savez_compressed(
             path,

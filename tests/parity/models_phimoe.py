@@ -5,6 +5,7 @@ alone has that of others (`test_the_models_tell_what_matters_apart`).
 """
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from .conftest import VOCABULARY, copy_tokenizer
-
+TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+VOCABULARY = 32064
 LENGTH = 200
 LAYERS = 3
 EXPERTS = 16
@@ -180,5 +182,6 @@ def write_checkpoint(model: Model, directory: Path, *, released: bool = True) ->
     (directory / "config.json").write_text(json.dumps(model.config(released=released)))
     weights = model.weights()
     save_file(weights if released else restacked(weights), directory / "model.safetensors", {"format": "pt"})
-    copy_tokenizer(directory)
+    for name in TOKENIZER_FILES:
+        shutil.copy(TINY / name, directory / name)
     return directory

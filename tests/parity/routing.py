@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from phiquant import arch
 from phiquant.calibrate.observe import observe
-from phiquant.gguf import GGUFFile
+from phiquant.gguf import GGMLType, GGUFFile
 from phiquant.kernels.ops import Capacity, Step
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
@@ -20,7 +20,7 @@ def chosen_experts(path: Path, ids: Sequence[int], count: int, backend: str) -> 
     with GGUFFile.open(path) as gguf:
         config = arch.load(gguf)
         program, seen = observe(record(config, load_weights(gguf, config)), lambda name: "ffn_gate_exps" in name)
-        capacity = Capacity(tokens=1, outputs=1)
+        capacity = Capacity(tokens=1, outputs=1, cache_type=GGMLType.F32)
         executable = select(backend, None).prepare(program, capacity)
         try:
             rope = Rope(config.rotary)

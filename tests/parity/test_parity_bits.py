@@ -46,6 +46,21 @@ def test_chunks_and_threads_of_other_shapes(parity: Any, files: Callable[[Any], 
             assert np.array_equal(llm.logits(model.ids(150)), expected), (threads, batch)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"), [("phi2", "phi_2"), ("llama", "biased_tied_grouped_64"), ("llama", "window_96")]
+)
+def test_chunks_and_threads_of_other_architectures(
+    parity: Any, files: Callable[[Any], Path], family: str, name: str
+) -> None:
+    model = parity.FAMILIES[family][name]
+    path = files(model)
+    with LLM.load(path, backend="cpu", threads=1) as llm:
+        expected = llm.logits(model.ids(80))
+    for threads, batch, pack in ((2, 512, True), (3, 7, True), (2, 1, False)):
+        with LLM.load(path, backend="cpu", threads=threads, batch=batch, pack=pack) as llm:
+            assert np.array_equal(llm.logits(model.ids(80)), expected), (threads, batch, pack)
+
+
 def test_neighbours_in_the_batch(tiny: Path) -> None:
     """Eight requests at once, three at a time, on a cache that is too small for them, give what each gives alone."""
     prompts = [ids(300)[: 40 + 30 * i] for i in range(8)]

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models_phi3small
 import numpy as np
-import numpy_phi3small
 import pytest
 
 from phiquant import LLM
 from phiquant.convert import convert
+
+from . import models_phi3small, numpy_phi3small
 
 pytestmark = pytest.mark.parity
 
@@ -23,7 +23,7 @@ in_each = pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.fixture(scope="module")
 def oracle() -> Any:
     pytest.importorskip("mlx.core", reason="mlx is not installed")
-    import mlx_phi3small
+    from . import mlx_phi3small
 
     return mlx_phi3small
 

@@ -8,7 +8,6 @@ is 1e-12 from the float64 implementation with short factors, and 0.42 from the r
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +20,15 @@ from .conftest import copy_tokenizer, kl, log_softmax
 from .models_phimoe import LENGTH, MODELS, Model, beyond, write_checkpoint
 from .numpy_phimoe import PhiMoE
 from .routing import chosen_experts
+from .transformers_phimoe import asked, saved
 
 pytestmark = pytest.mark.parity
 
 MOST_KL = 1e-9  # mean, with a cache in float32
-# Half precision in the cache moves scores of the router by some 1e-4, and sparsemixer is not continuous: a token whose
-# scores are that close to a tie, or to the edge of the jitter, gets other experts or weights. Few tokens are such.
+# Sparsemixer is not continuous: an expert within 1e-4 of the edge of the jitter falls on the other side of it with a
+# cache in half precision, and another's weight is halved or doubled. Up to 3 of 200 tokens meet it, at 0.02 to 0.06.
 MOST_MEDIAN_KL = 1e-6
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,37 +47,12 @@ class Truth:
     theirs: np.ndarray
 
 
-def saved(model: Model, directory: Path) -> Any:
-    """The model as transformers reads it from a checkpoint in the released layout."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    write_checkpoint(model, directory)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-def asked(made: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """What transformers says and the experts that its routers choose, in evaluation, where nothing is jittered."""
-    import torch
-
-    chosen: list[np.ndarray] = []
-    hooks = [
-        layer.mlp.router.register_forward_hook(lambda module, given, out: chosen.append(out[2].numpy()))
-        for layer in made.model.layers
-    ]
-    with torch.no_grad():
-        logits = made(torch.tensor([ids])).logits[0].numpy()
-    for hook in hooks:
-        hook.remove()
-    return log_softmax(logits), np.stack(chosen)
-
-
 @pytest.fixture(scope="module", params=list(MODELS))
 def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
     model = MODELS[request.param]
     directory = tmp_path_factory.mktemp(model.name)
-    theirs, chosen = asked(saved(model, directory), model.ids())
+    logits, chosen = asked(saved(model, directory), model.ids())
+    theirs = log_softmax(logits)
     expected = theirs
     if beyond(model):
         wide = PhiMoE(model.config(), model.weights())

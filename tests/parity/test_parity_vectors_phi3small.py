@@ -1,15 +1,21 @@
 """Phi-3-small's logits against what mlx-lm and float64 said of the same models (tests/vectors), without either."""
 
+import base64
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from models_phi3small import LAST, MODELS, OTHERS
+from safetensors.numpy import save_file
 
 from phiquant import LLM
+from phiquant.convert import convert
+from phiquant.convert.dummies import RELEASED
+
+from .models_phi3small import LAST, MODELS, OTHERS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
@@ -67,3 +73,29 @@ def test_dummy_tokens_have_logits_and_are_never_sampled(files: Callable[[Any], P
         assert bound != free
         sampled = llm.generate(prompt, max_tokens=40, temperature=3.0, seed=1).ids
         assert not set(sampled) & set(free)
+
+
+def test_a_checkpoint_with_the_released_kind_of_vocabulary(tmp_path: Path) -> None:
+    """Files as the released models have them: ranks of tiktoken, special tokens known by the tokenizer's class."""
+    model = dataclasses.replace(MODELS["grouped_64"], head_size=16, layers=1)
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((100352, model.hidden), np.float32) * np.float32(0.1 / model.embedding)
+    config = {**model.config(), "vocab_size": 100352, "bos_token_id": 100257, "eos_token_id": 100257}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({**model.weights(), "model.embed_tokens.weight": embedding}, tmp_path / "model.safetensors")
+    tokens = [*(bytes([byte]) for byte in range(256)), b"Hi", b" th", b" there"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (tmp_path / "cl100k_base.tiktoken").write_text("\n".join(lines) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Phi3SmallTokenizer"}))
+    convert(tmp_path, tmp_path / "model.gguf", "f32")
+    with LLM.load(tmp_path / "model.gguf") as llm:
+        assert llm.tokenizer.unused_ids.tolist() == [*range(len(tokens), 100256), *RELEASED]
+        prompt = llm.tokenizer.encode("<|user|>\nHi<|end|>\n<|assistant|>")
+        assert prompt == [100262, 10, 256, 100266, 10, 100263]
+        assert {100257, 100266} <= llm.tokenizer.eog_ids
+        drawn: set[int] = set()
+        for seed in range(10):
+            made = llm.generate(prompt, max_tokens=40, temperature=3.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed)
+            drawn.update(made.ids)
+        assert len(drawn) > 100
+        assert drawn < {*range(len(tokens)), 100257, 100261, 100262, 100263, 100266}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phiquant import LLM
-from phiquant.convert import convert
+from phiquant.convert import convert, quantize
 
 from .conftest import VECTORS, log_softmax
 from .models_phimoe import KEPT, LENGTH, MODELS, VECTORS_OF, write_checkpoint
@@ -45,6 +45,18 @@ def test_experts(made: tuple[str, Path], backend: str) -> None:
     count = LENGTH if backend != "reference" else 30
     expected = np.load(VECTORS / f"phimoe_{name}.npz")["chosen"][:, :count]
     assert np.array_equal(chosen_experts(path, MODELS[name].ids(), count, backend), np.sort(expected, axis=2))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_K_M"])
+def test_chunks_and_threads_change_no_bit(kind: str, tmp_path: Path) -> None:
+    """Nor do the tokens that an expert gets beside a token's own."""
+    model = MODELS["longrope_just_above_64"]
+    path = quantize(write_checkpoint(model, tmp_path / "hf"), tmp_path / "model.gguf", kind, quiet=True).plan.path
+    with LLM.load(path, backend="cpu", threads=1) as llm:
+        expected = llm.logits(model.ids())
+    for threads, batch in ((2, 512), (3, 7), (2, 1)):
+        with LLM.load(path, backend="cpu", threads=threads, batch=batch) as llm:
+            assert np.array_equal(llm.logits(model.ids()), expected), (threads, batch)
 
 
 def test_the_vectors_tell_the_regimes_apart() -> None:

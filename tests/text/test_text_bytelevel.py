@@ -15,9 +15,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phiquant.errors import TokenizerError, UnsupportedError
+from phiquant.errors import RequestError, TokenizerError, UnsupportedError
 from phiquant.text import AddedToken, ChatTemplate, Tokenizer, TokenType, chat, words
-from phiquant.text.bytelevel import ByteLevelEncoder
+from phiquant.text.bytelevel import LONGEST_WORD, ByteLevelEncoder
 from phiquant.text.template import known_templates
 from phiquant.text.words import SHORT_TEXT
 
@@ -110,6 +110,21 @@ def test_long_runs_in_both_ways(cases: dict[str, Case], unit: str) -> None:
     text = unit * (SHORT_TEXT // len(unit) + 2)
     assert case.ours.encode(text) == case.truth(text)
     assert ByteLevelEncoder(case.ours.vocabulary).encode_short(text) == case.truth(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["A", "\u0301", " "])
+def test_the_longest_words_that_are_allowed_do_not_stop_the_engine(cases: dict[str, Case], run: str) -> None:
+    encoder = ByteLevelEncoder(cases["phi-4-mini"].ours.vocabulary)
+    text = "\u0301" + run * (LONGEST_WORD - 1) + ("x" if run == " " else "")
+    assert sum(len(word) for word in encoder.split(text)) == len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["x y " + "A" * (LONGEST_WORD + 1), "x" + "\n" * (LONGEST_WORD + 1) + "x"])
+def test_longer_words_are_refused(cases: dict[str, Case], text: str) -> None:
+    for case in cases.values():
+        with pytest.raises(RequestError, match=r"a run of 2,097,153 characters"):
+            case.ours.encode(text)
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,5 +1,6 @@
 """`phiquant inspect`: what a GGUF file says about itself, as tables or as JSON."""
 
+import contextlib
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from rich.text import Text
 from phiquant import arch
 from phiquant.errors import PhiquantError
 from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys, open_model
+from phiquant.text import Tokenizer
 
 __all__ = ["inspect", "printable"]
 
@@ -112,11 +114,13 @@ def _file_type(gguf: GGUFFile) -> str | None:
 
 
 def _assumptions(gguf: GGUFFile) -> list[str]:
-    """Nothing for a file that does not run here, which is no reason not to show it."""
-    try:
-        return list(arch.load(gguf).assumptions)
-    except PhiquantError:
-        return []
+    """Of model and vocabulary; nothing of what does not run here, which is no reason not to show the file."""
+    found: list[str] = []
+    with contextlib.suppress(PhiquantError):
+        found += arch.load(gguf).assumptions
+    with contextlib.suppress(PhiquantError):
+        found += Tokenizer.from_gguf(gguf).notes
+    return found
 
 
 def _print(gguf: GGUFFile) -> None:

@@ -68,7 +68,7 @@ def perplexity(options: PerplexityOptions) -> int:
             )
         if options.base is not None:
             other = stack.enter_context(_loaded(options.base, size, options, notices))
-            if other.tokenizer.vocabulary.tokens != model.tokenizer.vocabulary.tokens:
+            if list(other.tokenizer.vocabulary.tokens) != list(model.tokenizer.vocabulary.tokens):
                 raise RequestError(f"{options.base} has another vocabulary than {options.model}; choose another base")
             blocks = stream(other, (windows.read(window) for window in range(len(windows))), windows)
             base = RowsBase(blocks)

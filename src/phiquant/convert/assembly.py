@@ -27,15 +27,17 @@ Read = Callable[[StoredTensor, int, _Bytes], None]
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a stored tensor, every `step`th from `first` on.
+    """Some rows of a stored tensor, every `step`th from `first` on; or `count` consecutive ones in another order, taken
+    in turn from `turns` equal parts of them.
 
-    Its leading extents are taken together; a vector has rows of one number.
+    The tensor's leading extents are taken together; a vector has rows of one number.
     """
 
     tensor: StoredTensor
     first: int
     count: int
     step: int = 1
+    turns: int = 1
 
     @property
     def row_bytes(self) -> int:
@@ -81,12 +83,28 @@ class Assembly:
             part = self.rows[index]
             offset = begin + done - (self._ends[index] - part.count * part.row_bytes)
             stop = min(self._ends[index] - begin, target.size)
-            if part.step == 1:
+            if part.turns > 1:
+                _take_turns(read, part, offset, target[done:stop])
+            elif part.step == 1:
                 read(part.tensor, part.first * part.row_bytes + offset, target[done:stop])
             else:
                 _pick(read, part, offset, target[done:stop])
             done = stop
             index += 1
+
+
+def _take_turns(read: Read, part: Rows, offset: int, target: _Bytes) -> None:
+    """The bytes from `offset` on of rows that are taken in turn from parts; of each part one read."""
+    size, turns = part.row_bytes, part.turns
+    begin, end = offset // size, -(-(offset + target.size) // size)
+    rows = np.empty((end - begin, size), np.uint8)
+    for turn in range(min(turns, len(rows))):
+        row = begin + turn
+        taken = np.empty((-(-(len(rows) - turn) // turns), size), np.uint8)
+        first = part.first + row % turns * (part.count // turns) + row // turns
+        read(part.tensor, first * size, taken.reshape(-1))
+        rows[turn::turns] = taken
+    target[:] = rows.reshape(-1)[offset - begin * size :][: target.size]
 
 
 def _pick(read: Read, part: Rows, offset: int, target: _Bytes) -> None:

@@ -212,9 +212,8 @@ class Settings:
 
 def _in_pairs(tensor: StoredTensor, head_size: int) -> Assembly:
     """The rows of each head in the order 0, D / 2, 1, D / 2 + 1 …"""
-    half = head_size // 2
-    order = np.arange(tensor.shape[0]).reshape(-1, 2, half).swapaxes(1, 2).reshape(-1)
-    return Assembly(tensor.shape, [Rows(tensor, row, 1) for row in order.tolist()])
+    heads = range(0, tensor.shape[0], head_size)
+    return Assembly(tensor.shape, [Rows(tensor, first, head_size, turns=2) for first in heads])
 
 
 def _required(rope: Fields, key: str) -> float:

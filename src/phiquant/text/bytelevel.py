@@ -7,13 +7,14 @@ the byte alphabet, and the neighbours whose merge comes first in the file's list
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phiquant.errors import TokenizerError
+from phiquant.errors import RequestError, TokenizerError
 from phiquant.text import alphabet
 from phiquant.text.pretokenizers import BY_ID
 from phiquant.text.vocabulary import TokenType, Vocabulary
@@ -22,6 +23,10 @@ from phiquant.text.words import Merge, WordEncoder
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
     from tokenizers.pre_tokenizers import PreTokenizer as Splitter
+
+# Characters of one word. The library's engine gives up (as a panic, which is no exception) after 10 million steps back
+# within a word, and the patterns step back at most three times over it.
+LONGEST_WORD = 1 << 21
 
 
 class ByteLevelEncoder(WordEncoder):
@@ -72,6 +77,17 @@ class ByteLevelEncoder(WordEncoder):
         text = self._vocabulary.tokens[token]
         data = alphabet.read(text)
         return text.encode() if data is None else data
+
+    def encode(self, text: str) -> list[int]:
+        """See `WordEncoder`; RequestError for a text with a run of millions of characters that could be one word."""
+        if len(text) > LONGEST_WORD:
+            longest = max(len(run) for pattern in (r"\s+", r"\S+") for run in re.split(pattern, text))
+            if longest > LONGEST_WORD:
+                raise RequestError(
+                    f"the text has a run of {longest:,} characters with no space between, or of nothing but spaces; "
+                    f"{LONGEST_WORD:,} are the most that can be cut into words"
+                )
+        return super().encode(text)
 
     def split(self, text: str) -> Iterable[str]:
         """Words in the byte alphabet."""
