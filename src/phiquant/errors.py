@@ -14,6 +14,7 @@
     ├── RequestError           an argument, an option or a prompt that cannot be served
     │   ├── TokenError         a token id outside the vocabulary
     │   ├── ContextError       more tokens than the context holds
+    │   ├── QueueFull          too many requests wait already; it says when to try again
     │   └── GrammarError       a grammar that is malformed, cannot be expressed, or costs too much
     ├── WeightsError           NaN or infinity in weights, shapes that do not fit, requantization not allowed
     ├── OutputError            an output cannot be written: path, permission, disk full
@@ -34,6 +35,7 @@ __all__ = [
     "LogitsError",
     "OutputError",
     "PhiquantError",
+    "QueueFull",
     "RequestError",
     "TemplateError",
     "TokenError",
@@ -102,6 +104,14 @@ class TokenError(RequestError):
 
 class ContextError(RequestError):
     """A sequence does not fit the context."""
+
+
+class QueueFull(RequestError):
+    """Too many requests wait already; one may be accepted in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class WeightsError(PhiquantError):
