@@ -40,11 +40,16 @@ def llm(path: Path) -> Iterator[LLM]:
 def test_exported_names() -> None:
     assert set(phiquant.__all__) == {
         "LLM",
+        "AsyncLLM",
         "Completion",
         "CompletionChunk",
+        "Embeddings",
+        "Grammar",
         "Options",
         "PhiquantError",
+        "Stats",
         "Timings",
+        "TokenLogprob",
         "Usage",
         "__version__",
         "errors",

@@ -106,7 +106,7 @@ class ContextError(RequestError):
     """A sequence does not fit the context."""
 
 
-class QueueFull(RequestError):
+class QueueFull(RequestError):  # noqa: N818  a name that says what happened
     """Too many requests wait already; one may be accepted in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:

@@ -153,7 +153,7 @@ class LLM:
         """Who guesses for a new sequence."""
         if not self._speculate:
             return []
-        return [PromptLookup(), *([] if self._smaller is None else [ModelDraft(self._smaller._engine)])]
+        return [PromptLookup(), *([] if self._smaller is None else [ModelDraft(self._smaller.engine)])]
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Completion: ...
@@ -162,9 +162,9 @@ class LLM:
         self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[Options]
     ) -> Iterator[CompletionChunk]: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
+    def generate(self, prompt: list[str] | list[list[int]], **options: Unpack[Options]) -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], *, stream: bool = False, **options: Unpack[Options]
+        self, prompt: Prompt | list[str] | list[list[int]], *, stream: bool = False, **options: Unpack[Options]
     ) -> Completion | list[Completion] | Iterator[CompletionChunk]:
         """Continue a prompt, or a list of prompts together.
 
