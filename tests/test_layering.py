@@ -22,6 +22,7 @@ DIRECT = {
     "loading": {"gguf", "arch", "kernels", "model", "engine", "text"},
     "request": {"engine", "text", "completion"},
     "embedding": {"engine", "completion"},
+    "saved_cache": {"gguf", "engine"},
     "llm": {
         "gguf",
         "quants",
@@ -34,6 +35,7 @@ DIRECT = {
         "loading",
         "request",
         "embedding",
+        "saved_cache",
     },
     "async_llm": {"engine", "text", "completion", "request", "embedding", "llm"},
     "eval": {"llm"},

@@ -10,7 +10,9 @@ Sequences come and go from any thread at any time (`submit`, `cancel`): they are
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +151,61 @@ class Engine:
             failed=counts["failed"],
             preempted=self._scheduler.preempted,
         )
+
+    # What was computed can be kept, and put back.
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the cache."""
+        return self._executable.page_bytes
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page of the cache."""
+        return self._executable.capacity.page_tokens
+
+    @contextmanager
+    def kept_pages(self, ids: Ids[int]) -> Iterator[list[int]]:
+        """The full pages that the cache holds of a sequence's beginning, in order; meanwhile nobody else writes them."""
+        with self._lock:
+            table, _ = self._cache.adopt_whole(ids, self._root(ids))
+        try:
+            yield list(table.pages)
+        finally:
+            with self._lock:
+                self._cache.release(table)
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """The bytes of a page, uint8 [page_bytes]."""
+        with self._lock:
+            return self._executable.read_page(page)
+
+    def write_pages(self, ids: Ids[int], pages: Iterable[NDArray[np.uint8]]) -> None:
+        """Put pages that `kept_pages` gave of the same `ids` into the cache.
+
+        Raises:
+            TokenError, ContextError: the engine could not have such a sequence.
+            RequestError: others use too much of the cache.
+        """
+        self.check(Sequence(ids, None))
+        size = self.page_tokens
+        with self._lock:
+            table, known = self._cache.adopt_whole(ids, self._root(ids))
+        try:
+            for start, data in zip(range(0, len(ids) - size + 1, size), pages, strict=False):
+                if start < known:
+                    continue
+                with self._lock:
+                    if not self._cache.grow(table, start + size):
+                        raise RequestError("the cache has no room, because others use it; try again later")
+                    self._executable.write_page(table.pages[start // size], data)
+                    self._cache.record(table, ids, start, start + size)
+        finally:
+            with self._lock:
+                self._cache.release(table)
+
+    def _root(self, ids: Ids[int]) -> bytes:
+        return self._rope.regime(len(ids)).value.encode()
 
     # Who computes.
 
