@@ -78,7 +78,8 @@ class Request:
         if not new and job.error is not None:
             raise job.error
         self._used += len(new)
-        text, done = self._stops.push("".join(map(self._stream.push, new)))
+        written = [token for token in new if token not in job.end_ids]  # some vocabularies have a text for end tokens
+        text, done = self._stops.push("".join(map(self._stream.push, written)))
         if ended and job.error is None and self._used == there and not done:
             rest, done = self._stops.push(self._stream.finish())
             text += rest if done else rest + self._stops.finish()
