@@ -50,6 +50,7 @@ DIRECT = {
         "convert",
         "model",
         "engine",
+        "completion",
         "llm",
         "eval",
         "bench",

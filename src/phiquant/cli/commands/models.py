@@ -148,7 +148,8 @@ def run(
         Option(
             "--dry-sequence-breaker",
             metavar="TEXT",
-            help=r"Repetitions end here; may be given several times, and replaces \n, :, double quotes and *; none: nowhere.",
+            help="Repetitions end here, instead of at line ends, colons, double quotes and asterisks; none: nowhere. "
+            "May be given several times.",
         ),
     ] = None,
     logit_bias: Annotated[
