@@ -216,8 +216,9 @@ def test_choices_share_a_prompt(llm: LLM, alone: LLM) -> None:
             assert [one.text for one in found] == expected
             assert [one.seed for one in found] == [7, 8, 9]
             assert all(one.usage.cached_tokens >= 64 for one in found[1:])
-            with pytest.raises(RequestError, match="n is 0"):
-                await a.generate_many(prompt, 0)
+            for n in (0, 129, 1.5):
+                with pytest.raises(RequestError, match=f"n is {n} and must be from 1 to 128"):
+                    await a.generate_many(prompt, n)  # type: ignore[arg-type]
 
     asyncio.run(main())
 

@@ -192,6 +192,7 @@ def test_refusals(llm: LLM) -> None:
         ("stop", [1], "stop must be a text or a list of texts"),
         ("stop", "", "stop string must not be empty"),
         ("stop", ["a"] * 300, "stop has 300 texts; 256 are the most"),
+        ("stop", "x" * 1025, "a text of stop is too long; 1,024 characters are the most"),
         ("stop_ids", [40000], "stop_ids has 40000, which is no token id below 32064"),
         ("stop_ids", 3, "stop_ids must be token ids"),
         ("grammar", "root ::= x", "grammar is of type str and must be a Grammar"),

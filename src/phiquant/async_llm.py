@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 # Threads that read prompts: templates, grammars and long texts take their time, and the event loop has none.
 _READERS: Final = 4
+# Tokens of a text of which nobody reads the pieces that are put into words at a time, so as not to hold the loop up.
+_AT_ONCE: Final = 32
 
 
 class AsyncLLM:
@@ -324,7 +326,9 @@ class _Text(_Waiting):
         await self._came.wait()
 
     def _matters(self) -> bool:
-        return self._every or self._request.has_stops or self.job.ended
+        if self._every or self._request.has_stops or self.job.ended:
+            return True
+        return self.job.shown - self._request.seen >= _AT_ONCE
 
     def _look(self) -> None:
         self._sent = False  # first: what comes from now on is looked at again

@@ -76,8 +76,8 @@ class Engine:
     def check(self, sequence: Sequence) -> None:
         """Refuse, before any work, a sequence that cannot be computed: TokenError, ContextError."""
         vocabulary = self._executable.program.vocab_size
-        bad = next((i for i in sequence.ids if not 0 <= i < vocabulary), None)
-        if bad is not None:
+        if min(sequence.ids) < 0 or max(sequence.ids) >= vocabulary:
+            bad = next(i for i in sequence.ids if not 0 <= i < vocabulary)
             raise TokenError(f"token id {bad} is outside the vocabulary of {vocabulary}")
         room = self.context if sequence.wants_all_logits else self.context - 1
         if len(sequence.ids) > room:
