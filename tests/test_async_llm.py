@@ -437,6 +437,23 @@ def test_threads_use_the_model_meanwhile(llm: LLM, alone: LLM) -> None:
     asyncio.run(main())
 
 
+def test_a_conversation_is_kept_while_others_are_under_way(llm: LLM, tmp_path: Path) -> None:
+    ids = llm.tokenize("Tom had a dog and the dog had a bone. " * 10)
+
+    async def main() -> None:
+        async with opened(llm) as a:
+            kept = await a.generate(ids, max_tokens=1)
+            assert kept.usage.prompt_tokens == len(ids)
+            busy = [asyncio.ensure_future(a.generate(PROMPT, max_tokens=300, ignore_eos=True)) for _ in range(3)]
+            await until(lambda: a.stats().running == 3)
+            assert await asyncio.to_thread(llm.save_cache, tmp_path / "kept", ids) == 64 * (len(ids) // 64)
+            assert await asyncio.to_thread(llm.load_cache, tmp_path / "kept") == ids
+            assert not any(task.done() for task in busy)
+            assert all([len((await task).ids) == 300 for task in busy])
+
+    asyncio.run(main())
+
+
 def test_a_model_that_it_loaded_is_closed_with_it(path: Path) -> None:
     async def main() -> None:
         async with AsyncLLM.load(path, context=64, queue=1) as a:

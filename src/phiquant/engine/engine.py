@@ -56,6 +56,7 @@ class Engine:
         self._rope, self._speed = rope, Speed()
         self._counts, self._busy = Counter[str](), 0.0
         self._lock = threading.Lock()  # of a step, and of all that steps change
+        self._turn = threading.Lock()  # held by whoever waits for the lock to do something between two steps
         self._door = threading.Lock()  # of the queue's length, and of the thread
         self._arrivals, self._departures = deque[Sequence](), deque[Sequence]()
         self._followers = set[Sequence]()  # those that somebody waits for
@@ -118,12 +119,7 @@ class Engine:
                 sequence.cancelled = True
                 self._departures.append(sequence)
         self._work_came.set()
-        if self._departures and self._lock.acquire(blocking=False):
-            try:
-                self._settle()
-            finally:
-                self._lock.release()
-                self._hand_over()
+        self._hand_over()
 
     @property
     def waiting(self) -> int:
@@ -228,6 +224,8 @@ class Engine:
         try:
             while not sequence.ended and not done():
                 sequence.changed.clear()
+                with self._turn:
+                    pass
                 if self._thread is None and self._lock.acquire(blocking=False):
                     try:
                         if not (sequence.ended or done() or self._step()):
@@ -282,20 +280,30 @@ class Engine:
 
     def work(self) -> bool:
         """Compute one step, if there is anything to do; returns whether there was."""
-        with self._alone():
-            return self._step()
+        with self._turn:
+            pass  # others first: a thread that lets the lock go and takes it again leaves them no time
+        try:
+            with self._lock:
+                return self._step()
+        finally:
+            self._hand_over()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Between two steps."""
         try:
-            with self._lock:
+            with self._turn, self._lock:
                 yield
         finally:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """Nobody works now: those that wait for somebody who does are told so."""
+        """The lock is free, for all that is known here: let go who was cancelled meanwhile, and let others work."""
+        while self._departures and self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
         if self._thread is None:
             for sequence in self._followers.copy():
                 sequence.changed.set()
