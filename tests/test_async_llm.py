@@ -404,6 +404,7 @@ def test_event_loops_come_and_go(llm: LLM, alone: LLM) -> None:
         thread.join()
     assert texts == [expected] * 4
     # A loop that ends in the middle of a text, and takes nothing down in an orderly manner.
+    before = a.stats().cancelled
     loop = asyncio.new_event_loop()
     stream = a.stream(PROMPT, ignore_eos=True)
     loop.run_until_complete(anext(stream))
@@ -412,6 +413,7 @@ def test_event_loops_come_and_go(llm: LLM, alone: LLM) -> None:
     while a.stats().running:
         assert time.monotonic() < end
         time.sleep(0.01)
+    assert a.stats().cancelled == before + 1
     assert asyncio.run(one()) == expected
     with pytest.raises(StopIteration):  # closing needs no loop
         stream.aclose().send(None)

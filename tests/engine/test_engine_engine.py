@@ -202,10 +202,11 @@ def test_closing_ends_everybody() -> None:
     assert not [t for t in threading.enumerate() if t.name == "phiquant-engine"]
 
 
+@pytest.mark.parametrize("border", [1 << 30, 50])
 @pytest.mark.parametrize("pages", [11, 16, 40])
-def test_a_crowd_that_comes_and_goes_gets_what_each_would_get_alone(pages: int) -> None:
-    """Batched, preempted, shared, cancelled and resumed."""
-    e, checker = engine(sequences=4, pages=pages, tokens=40)
+def test_a_crowd_that_comes_and_goes_gets_what_each_would_get_alone(pages: int, border: int) -> None:
+    """Batched, preempted, shared, cancelled and resumed, and across the border of LongRoPE."""
+    e, checker = engine(border, sequences=4, pages=pages, tokens=40)
     e.start()
     rng = random.Random(pages)
     jobs, ended = [], []
@@ -224,7 +225,7 @@ def test_a_crowd_that_comes_and_goes_gets_what_each_would_get_alone(pages: int) 
     assert all(one.wait(60) for one in ended)
     e.stop()
     for job in jobs:
-        assert job.generated == expected(job.ids[: job.prompt_length], len(job.generated))
+        assert job.generated == expected(job.ids[: job.prompt_length], len(job.generated), border)
         assert job.finish == "cancelled" if job.cancelled and job.finish != "length" else job.finish == "length"
     stats = e.stats()
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
