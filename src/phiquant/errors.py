@@ -6,6 +6,7 @@
     │   ├── CheckpointError    ... a Hugging Face checkpoint (config.json, safetensors, index)
     │   ├── ImportanceError    ... an importance matrix (imatrix.gguf, or the older .dat)
     │   ├── LogitsError        ... saved logits of a base model
+    │   ├── CacheError         ... a saved cache of a conversation
     │   ├── TokenizerError     ... a vocabulary or tokenizer file
     │   └── TemplateError      ... a chat template: syntax, run time, time or memory limit
     ├── UnsupportedError       well-formed, but not something this version does
@@ -14,6 +15,7 @@
     ├── RequestError           an argument, an option or a prompt that cannot be served
     │   ├── TokenError         a token id outside the vocabulary
     │   ├── ContextError       more tokens than the context holds
+    │   ├── QueueFull          too many requests wait already; it says when to try again
     │   └── GrammarError       a grammar that is malformed, cannot be expressed, or costs too much
     ├── WeightsError           NaN or infinity in weights, shapes that do not fit, requantization not allowed
     ├── OutputError            an output cannot be written: path, permission, disk full
@@ -24,6 +26,7 @@ Messages are one sentence that names the thing and the remedy; the command line 
 
 __all__ = [
     "ArchitectureError",
+    "CacheError",
     "CheckpointError",
     "ContextError",
     "FormatError",
@@ -34,6 +37,7 @@ __all__ = [
     "LogitsError",
     "OutputError",
     "PhiquantError",
+    "QueueFull",
     "RequestError",
     "TemplateError",
     "TokenError",
@@ -66,6 +70,10 @@ class ImportanceError(FormatError):
 
 class LogitsError(FormatError):
     """A file of saved logits is truncated, corrupt or does not belong to the model."""
+
+
+class CacheError(FormatError):
+    """A saved cache is truncated, corrupt, or was made by another model, cache type or version."""
 
 
 class TokenizerError(FormatError):
@@ -102,6 +110,14 @@ class TokenError(RequestError):
 
 class ContextError(RequestError):
     """A sequence does not fit the context."""
+
+
+class QueueFull(RequestError):  # noqa: N818  a name that says what happened
+    """Too many requests wait already; one may be accepted in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class WeightsError(PhiquantError):
