@@ -16,17 +16,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Final, Literal, Self, Unpack, overload
+from typing import Any, Final, Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phiquant import arch
+from phiquant import arch, hub
 from phiquant.completion import Completion, CompletionChunk, Options, Timings, Usage
 from phiquant.engine import Drafter, Engine, Finish, ModelDraft, PromptLookup, Sampling, TokenMask
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType, GGUFFile, open_model
+from phiquant.hub import Reference
 from phiquant.kernels.cache_types import CACHE_TYPES
 from phiquant.kernels.ops import Capacity
 from phiquant.kernels.select import select
@@ -168,6 +169,31 @@ class LLM:
         if bf16_dot and not any(tensor.type is GGMLType.BF16 for tensor in gguf.tensors.values()):
             llm.notes.append("dot products of BF16 change nothing, because no weight of this model is BF16")
         return llm
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository: str,
+        quant: str | None = None,
+        *,
+        revision: str | None = None,
+        quiet: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Load a GGUF model of the Hugging Face Hub; its files are fetched into the Hub's cache if they are not there.
+
+        Args:
+            repository: owner/name, or with what follows in one text: `owner/name[@revision][:quant]`.
+            quant: which of its GGUF models, such as "Q4_K_M", in any capitalisation, or the path of a file; by default
+                Q4_K_M, else Q8_0, else the first.
+            revision: a branch, tag or commit.
+            quiet: show no bar while files are fetched.
+            options: of `load`.
+
+        Raises:
+            RequestError: there is no such model, it is one of several, or it cannot be fetched; and as `load` does.
+        """
+        return cls.load(hub.gguf(Reference.of(repository, quant, revision), quiet=quiet), **options)
 
     @classmethod
     def _load_smaller(

@@ -57,7 +57,7 @@ def test_a_download_goes_on_in_another_process(hub: Hub, tmp_path: Path) -> None
     lines = pull(hub, tmp_path)
     assert lines[0] == f"resumed {len(kept)}"
     assert Path(lines[-1]).read_bytes() == data(hub)
-    assert {seen for seen in hub.gets(NAME)} == {f"bytes={len(kept)}-"}
+    assert set(hub.gets(NAME)) == {f"bytes={len(kept)}-"}
 
 
 def test_ctrl_c_keeps_what_came_and_nothing_else(hub: Hub, tmp_path: Path) -> None:

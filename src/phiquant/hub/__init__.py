@@ -12,7 +12,7 @@
 """
 
 from phiquant.hub.cached import CachedModel, Removal, Unfinished, cached_models, removal, unfinished
-from phiquant.hub.fetch import gguf, local, pull, resolve
+from phiquant.hub.fetch import gguf, is_cached, local, pull, resolve
 from phiquant.hub.reference import Reference
 from phiquant.hub.shown import Download
 
@@ -24,6 +24,7 @@ __all__ = [
     "Unfinished",
     "cached_models",
     "gguf",
+    "is_cached",
     "local",
     "pull",
     "removal",

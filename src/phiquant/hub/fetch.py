@@ -15,7 +15,7 @@ from phiquant.hub.sentences import first_line, offline, translated
 from phiquant.hub.shown import Download, shown, without_bars
 from phiquant.hub.transfer import Blob, transfer
 
-__all__ = ["gguf", "local", "pull", "resolve"]
+__all__ = ["gguf", "is_cached", "local", "pull", "resolve"]
 
 _CHECKPOINT: Final = [
     "config.json",
@@ -42,6 +42,11 @@ def local(model: str | Path) -> Path | None:
         return Path(model) if Path(model).exists() else None
     except (OSError, ValueError):  # too long for a name, or with a null character
         return None
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a file or directory lies in a cache of the Hub's, where nothing else is to be written."""
+    return any(p.name == "snapshots" and p.parent.name.startswith("models--") for p in path.absolute().parents)
 
 
 def resolve(model: str | Path, *, quiet: bool = False, download: Download | None = None) -> Path:
@@ -78,14 +83,14 @@ def gguf(model: str | Reference, *, quiet: bool = False, download: Download | No
         RequestError: there is no such model, or it is one of several, or it cannot be fetched; the sentence says which.
     """
     reference = Reference.parse(model) if isinstance(model, str) else model
-    with translated(reference, _written(reference)), shown(quiet, download) as download:
+    with translated(reference, str(reference)), shown(quiet, download) as download:
         return _gguf(reference, _asked(reference, download), download)
 
 
 def pull(model: str | Reference, *, quiet: bool = False, download: Download | None = None) -> Path:
     """Fetch a GGUF model as `gguf` does, or, from a repository without any, the checkpoint; returns its path."""
     reference = Reference.parse(model) if isinstance(model, str) else model
-    with translated(reference, _written(reference)), shown(quiet, download) as download:
+    with translated(reference, str(reference)), shown(quiet, download) as download:
         listing = _asked(reference, download)
         names = list(listing.files) if listing else _in_cache(reference)
         if reference.file or reference.quant or models_among(names):
@@ -230,12 +235,6 @@ def _in_cache(reference: Reference) -> list[str]:
     """The files of a revision that are in the cache, by their paths in the repository."""
     snapshot = _snapshot(reference)
     return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
-
-
-def _written(reference: Reference) -> str:
-    revision = f"@{reference.revision}" if reference.revision else ""
-    which = reference.quant or reference.file
-    return reference.repository + revision + (f":{which}" if which else "")
 
 
 @contextmanager

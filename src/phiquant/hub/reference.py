@@ -46,6 +46,21 @@ class Reference:
         file = match["path"][1:] if match["path"] else which if which and which.lower().endswith(".gguf") else None
         return cls(match["repository"], match["revision"], None if file else which, file)
 
+    @classmethod
+    def of(cls, repository: str, quant: str | None = None, revision: str | None = None) -> Self:
+        """As `parse`, with a quant (or a file) and a revision said apart; RequestError if one is said twice."""
+        named = cls.parse(repository)
+        if (quant and (named.quant or named.file)) or (revision and named.revision):
+            raise RequestError(f"{repository} names a quant or a revision already; leave the argument out.")
+        if quant is None and revision is None:
+            return named
+        revision, which = revision or named.revision, quant or named.quant or named.file
+        return cls.parse(named.repository + (f"@{revision}" if revision else "") + (f":{which}" if which else ""))
+
+    def __str__(self) -> str:
+        revision, which = self.revision, self.quant or self.file
+        return self.repository + (f"@{revision}" if revision else "") + (f":{which}" if which else "")
+
     @property
     def ref(self) -> str:
         """The revision, spelled out."""
