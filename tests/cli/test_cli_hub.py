@@ -53,7 +53,7 @@ def test_pull_list_and_rm(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> 
     assert phiquant("pull", "-q", "org/tiny", hub=hub, home=tmp_path).stderr == ""
 
     listed = phiquant("list", hub=hub, home=tmp_path, HF_HUB_OFFLINE="1").stdout
-    rows = [line.split() for line in listed.splitlines() if line.startswith(("org/", "name"))]
+    rows = [line.split() for line in listed.splitlines() if line.strip().startswith(("org/", "name"))]
     assert rows[0] == ["name", "kind", "quant", "size", "last", "used", "path"]
     assert [row[:3] for row in rows[1:]] == [["org/tiny", "checkpoint", "-"], [f"{NAME}:Q8_0", "gguf", "Q8_0"]]
     assert rows[2][-1] == str(path)
@@ -106,9 +106,9 @@ def test_rm_asks(
         (("run", "-hfr", f"{NAME}:F16", "-hfd", NAME, "-p", "Once", "-n", "4", "-no-cnv", "--temp", "0"), "Once"),
         (("inspect", "--hf-repo", NAME), "tiny-q8_0.gguf"),
         (("verify", "-hf", f"{NAME}:fp16"), "tiny-f16.gguf"),
-        (("perplexity", "-hf", NAME, "-f", str(TINY / "README.md"), "-c", "64", "--chunks", "1"), "erplexity"),
+        (("perplexity", "-hf", NAME, "-f", str(TINY / "README.md"), "-c", "64", "--chunks", "1"), "PPL"),
         (("imatrix", "-hf", NAME, "-f", str(TINY / "README.md"), "-c", "64", "--chunks", "1"), "imatrix.gguf"),
-        (("bench", "-hf", NAME, "-p", "8", "-n", "0", "-r", "1", "--no-limits"), "Q8_0"),
+        (("bench", "-hf", NAME, "-p", "8", "-n", "0", "-r", "1", "--no-limits"), "pp8"),
         (("quantize", "-hf", f"{NAME}:F16", "Q4_0"), "tiny-Q4_0.gguf"),
         (("quantize", "-hf", f"{NAME}:F16", "named.gguf", "Q4_0", "1"), "named.gguf"),
         (("quantize", "org/tiny", "Q4_0"), "tiny-Q4_0.gguf"),
@@ -120,7 +120,7 @@ def test_verbs_take_models_of_the_hub(
     arguments: tuple[str, ...], out: str, hub: Hub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before = {path for path in home.rglob("*.gguf")}
+    before = set(home.rglob("*.gguf"))
     done = phiquant(*arguments, hub=hub, home=home)
     assert done.returncode == 0, done.stderr
     assert out in done.stdout

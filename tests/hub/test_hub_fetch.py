@@ -218,3 +218,8 @@ def test_what_is_no_repository(model: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_exists_is_not_fetched(tmp_path: Path) -> None:
     assert resolve(tmp_path) == tmp_path
+
+
+def test_programs_that_stay_at_home_do_not_import_the_library(tmp_path: Path) -> None:
+    program = "import sys, phiquant.hub, phiquant.llm, phiquant.cli.models; print('huggingface_hub' in sys.modules)"
+    assert run("-c", program, endpoint=nobody(), home=tmp_path).stdout == "False\n"
