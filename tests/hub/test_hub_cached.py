@@ -158,6 +158,13 @@ def test_other_files_of_the_repository_stay_with_other_tools(add: Add) -> None:
     assert other.exists()
 
 
+def test_a_damaged_entry_is_left_alone_and_told(add: Add, cache: Path) -> None:
+    add("org/Phi", "phi-Q4_0.gguf", "one", 100).resolve().unlink()
+    assert names() == []
+    with pytest.raises(RequestError, match=r"of org/Phi is damaged and stays; delete .*models--org--Phi yourself"):
+        removal("org/Phi")
+
+
 def test_what_is_not_there_is_told_with_what_is(add: Add) -> None:
     add("org/Phi", "phi-Q4_0.gguf", "one", 100)
     with pytest.raises(RequestError, match=r"The cache has no org/Phi:Q8_0; it has org/Phi:Q4_0\."):

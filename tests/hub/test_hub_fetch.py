@@ -174,7 +174,7 @@ def test_without_a_network_the_cache_answers(hub: Hub, tmp_path: Path) -> None:
         for function, model in (("gguf", there), ("resolve", "org/Phi-test"), ("pull", "org/Phi-test")):
             sentence = refused(function, model, unreachable, tmp_path / "empty", **environment)
             assert sentence.startswith(f"{model} is neither here nor in the cache, and ")
-            assert ("HF_HUB_OFFLINE" if environment else "the Hub cannot be reached; check the network") in sentence
+            assert ("HF_HUB_OFFLINE" if environment else "the Hub cannot be reached ([Errno 111]") in sentence
     path = call("gguf", there, hub, tmp_path / "home")[-1]
     checkpoint = call("resolve", "org/Phi-test", hub, tmp_path / "home")[-1]
     for name in (there, "org/Phi-test-GGUF:q8_0", "org/Phi-test-GGUF"):
@@ -204,6 +204,17 @@ def test_the_cache_is_where_the_library_has_it(hub: Hub, tmp_path: Path) -> None
     hub.seen.clear()
     assert call("gguf", "org/Phi-test-GGUF:Q8_0", hub, home) == [other.stdout.strip()]
     assert hub.gets("Phi-test-Q8_0.gguf") == []
+
+
+def test_names_that_a_server_should_not_give_are_not_used(hub: Hub, tmp_path: Path) -> None:
+    files = hub.repositories["org/Phi-test-GGUF"]
+    for name in ("../../evil-Q8_0.gguf", "/evil-Q8_0.gguf", "evil\x1b[2J-Q8_0.gguf", "a//evil-Q8_0.gguf"):
+        files[name] = b"GGUF"
+    assert call("gguf", "org/Phi-test-GGUF:Q8_0", hub, tmp_path)[-1].endswith("/Phi-test-Q8_0.gguf")
+    assert "\x1b" not in refused("gguf", "org/Phi-test-GGUF:Q3_K", hub, tmp_path)
+    hub.sha256 = "../../../evil"
+    assert call("gguf", "org/Phi-test-GGUF:IQ4_XS", hub, tmp_path / "other")[-1].endswith("/Phi-test-IQ4_XS.gguf")
+    assert list(tmp_path.rglob("evil*")) == []
 
 
 @pytest.mark.parametrize(

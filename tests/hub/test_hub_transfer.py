@@ -1,5 +1,6 @@
 """Downloads that break, are damaged, or are interrupted, against a server of our own."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_ctrl_c_keeps_what_came_and_nothing_else(hub: Hub, tmp_path: Path) -> No
     hub.pause.clear()
     assert Path(pull(hub, tmp_path)[-1]).read_bytes() == data(hub)
     assert f"bytes={len(came)}-" in hub.gets(NAME)
+
+
+def test_two_at_once_fetch_it_once(hub: Hub, tmp_path: Path) -> None:
+    hub.pause[NAME] = 0.1
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda _: pull(hub, tmp_path)[-1], range(2))
+    assert first == second
+    assert Path(first).read_bytes() == data(hub)
+    assert hub.gets(NAME) == [None, None]  # the redirect and the file
 
 
 def test_a_server_that_knows_no_ranges_sends_all_of_it_again(hub: Hub, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from phiquant import hub
 from phiquant.cli.memory import sized
@@ -107,7 +108,8 @@ def _table(models: Sequence["CachedModel"]) -> Table:
     now = time.time()
     for model in models:
         kind = model.kind + ("" if model.complete else ", incomplete")
-        table.add_row(model.name, kind, model.quant or "-", sized(model.size), _ago(now - model.used), str(model.path))
+        name, path = Text(model.name), Text(str(model.path))  # of files that strangers named: no markup
+        table.add_row(name, kind, model.quant or "-", sized(model.size), _ago(now - model.used), path)
     return table
 
 

@@ -140,6 +140,8 @@ def removal(name: str) -> Removal:
     if reference.quant is None and reference.file is None:
         whole = reference.revision is None
         if not revisions and not (whole and parts):
+            if repo is None and folder.is_dir():
+                raise RequestError(f"What the cache has of {name} is damaged and stays; delete {folder} yourself.")
             raise _nothing(name, models)
         others = [revision for revision in repo.revisions if revision not in revisions] if repo else []
         return Removal(models, parts if whole else [], info, revisions, [], _blobs(others))

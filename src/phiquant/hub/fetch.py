@@ -136,11 +136,16 @@ def _asked(reference: Reference, download: Download) -> _Listing | None:
     return _Listing(
         info.sha,
         {
-            file.rfilename: _File(file.size or 0, file.lfs.sha256 if file.lfs else None)
+            file.rfilename: _File(file.size or 0, _digest(file.lfs.sha256) if file.lfs else None)
             for file in info.siblings or []
-            if ".." not in file.rfilename.split("/")
+            if file.rfilename.isprintable() and not {"", ".", ".."} & set(file.rfilename.split("/"))
         },
     )
+
+
+def _digest(text: object) -> str | None:
+    """A SHA-256 that can be the name of a file, or None."""
+    return text if isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) else None
 
 
 def _gguf(reference: Reference, listing: _Listing | None, download: Download) -> Path:
@@ -180,7 +185,10 @@ def _checkpoint(reference: Reference, listing: _Listing | None, download: Downlo
     with without_bars():
         return Path(
             huggingface_hub.snapshot_download(
-                reference.repository, revision=reference.revision, allow_patterns=_CHECKPOINT
+                reference.repository,
+                revision=reference.revision,
+                allow_patterns=_CHECKPOINT,
+                local_files_only=listing is None,
             )
         )
 

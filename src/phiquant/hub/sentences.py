@@ -8,9 +8,8 @@ from typing import Final
 from phiquant.errors import PhiquantError, RequestError
 from phiquant.hub.reference import Reference
 
-__all__ = ["NO_NETWORK", "first_line", "offline", "translated"]
+__all__ = ["first_line", "offline", "translated"]
 
-NO_NETWORK: Final = "the Hub cannot be reached; check the network"
 _LOG_IN: Final = "log in with `hf auth login` or set HF_TOKEN"
 _NEAR: Final = 3  # names that are offered instead of one that there is not
 _ALIKE: Final = 0.7  # share of the characters
@@ -43,11 +42,11 @@ def translated(reference: Reference, name: str) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as exc:
         if isinstance(exc.__cause__, errors.HfHubHTTPError):
             raise RequestError(f"The Hub does not give out {repository}: {first_line(exc.__cause__)}.") from exc
-        raise RequestError(_unreachable(name)) from exc
+        raise RequestError(_unreachable(name, exc.__cause__)) from exc
     except errors.EntryNotFoundError as exc:
         raise RequestError(f"{repository} has no file {reference.file or name}.") from exc
     except errors.OfflineModeIsEnabled as exc:
-        raise RequestError(_unreachable(name)) from exc
+        raise RequestError(_unreachable(name, exc)) from exc
     except errors.HfHubHTTPError as exc:
         if exc.response is not None and exc.response.status_code == 401:
             raise RequestError(f"The Hub does not accept your token: {_LOG_IN} again.") from exc
@@ -58,7 +57,7 @@ def translated(reference: Reference, name: str) -> Iterator[None]:
         ) from exc
     except Exception as exc:  # the library's HTTP client changes; whatever it raises, the remedy is the same
         if type(exc).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError"):
-            raise RequestError(_unreachable(name)) from exc
+            raise RequestError(_unreachable(name, exc)) from exc
         raise RequestError(f"{repository} could not be downloaded: {first_line(exc)}; run again to resume.") from exc
 
 
@@ -70,13 +69,16 @@ def offline() -> bool:
 
 
 def first_line(exc: BaseException) -> str:
-    """The beginning of an exception's text, without a full stop; its class if it has none."""
+    """The beginning of an exception's text, which may be a server's, without a full stop; its class if it has none."""
     lines = str(exc).strip().splitlines()
-    return (lines[0] if lines else type(exc).__name__).rstrip(".")[:200]
+    return "".join(c for c in (lines[0] if lines else type(exc).__name__) if c.isprintable()).rstrip(".")[:200]
 
 
-def _unreachable(name: str) -> str:
-    reason = "HF_HUB_OFFLINE forbids to ask the Hub; unset it" if offline() else NO_NETWORK
+def _unreachable(name: str, exc: BaseException | None) -> str:
+    if offline():
+        reason = "HF_HUB_OFFLINE forbids to ask the Hub; unset it"
+    else:
+        reason = f"the Hub cannot be reached{f' ({first_line(exc)})' if exc else ''}; check the network"
     return f"{name} is neither here nor in the cache, and {reason}, or give the path of a downloaded model."
 
 
