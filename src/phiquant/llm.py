@@ -17,11 +17,13 @@ from typing import Any, Literal, Self, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from phiquant import hub
 from phiquant.completion import Completion, CompletionChunk, Embeddings, Options, Timings, Usage
 from phiquant.embedding import Pooling, embeddings, pooled
 from phiquant.engine import Drafter, ModelDraft, PromptLookup, Stats
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
+from phiquant.hub import Reference
 from phiquant.loading import PAGE_TOKENS, Loaded
 from phiquant.logit_stream import logit_blocks
 from phiquant.request import Prompt, Request, Requests, prompts_of
@@ -129,6 +131,31 @@ class LLM:
                 llm.close()
                 raise
         return llm
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository: str,
+        quant: str | None = None,
+        *,
+        revision: str | None = None,
+        quiet: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Load a GGUF model of the Hugging Face Hub; its files are fetched into the Hub's cache if they are not there.
+
+        Args:
+            repository: owner/name, or with what follows in one text: `owner/name[@revision][:quant]`.
+            quant: which of its GGUF models, such as "Q4_K_M", in any capitalisation, or the path of a file; by default
+                Q4_K_M, else Q8_0, else the first.
+            revision: a branch, tag or commit.
+            quiet: show no bar while files are fetched.
+            options: of `load`.
+
+        Raises:
+            RequestError: there is no such model, it is one of several, or it cannot be fetched; and as `load` does.
+        """
+        return cls.load(hub.gguf(Reference.of(repository, quant, revision), quiet=quiet), **options)
 
     @classmethod
     def _load_smaller(

@@ -55,7 +55,10 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["run", "a.gguf", "-m", "b.gguf"], "two models"),
         (["run", "a.gguf", "-p", "x", "-f", "y"], "give one"),
         (["run", "a.gguf", "-ngl", "some"], "--gpu-layers"),
-        (["inspect"], "missing argument"),
+        (["inspect"], "no model is named"),
+        (["inspect", "a.gguf", "-hf", "org/name"], "two models"),
+        (["perplexity", "-hf", "org/name", "-m", "b.gguf"], "two models"),
+        (["split", "a.gguf"], "missing argument"),
     ],
 )
 def test_wrong_usage_is_a_sentence_and_status_2(

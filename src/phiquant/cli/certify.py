@@ -14,14 +14,17 @@ from rich.table import Table
 
 from phiquant import __version__
 from phiquant.cli.failures import WrongUsage
+from phiquant.cli.models import path_of, source_of
 from phiquant.cli.notices import Notices
 from phiquant.cli.reading import text_of
 from phiquant.convert import convert
+from phiquant.convert.metadata import model_name
 from phiquant.errors import OutputError, RequestError
 from phiquant.eval.certify import Borders, Certificate, certify, compared, default_text, lengths
 from phiquant.eval.measure import RowsBase
 from phiquant.eval.oracle import Transformers
 from phiquant.gguf import open_model
+from phiquant.hub import Reference
 from phiquant.llm import LLM
 from phiquant.text import Tokenizer
 
@@ -35,8 +38,8 @@ _UNSEEN_WIDTH = 100  # columns when the output goes to a file or a pipe
 class CertifyOptions:
     """As they are written; `ctx_size` 0 is what the model's borders ask for."""
 
-    checkpoint: Path
-    gguf: Path | None = None
+    checkpoint: str | Path
+    gguf: Path | Reference | None = None
     file: Path | None = None
     ctx_size: int = 0
     outtype: str = "f32"
@@ -57,10 +60,11 @@ def certify_checkpoint(options: CertifyOptions) -> int:
         if not report.absolute().parent.is_dir():
             raise OutputError(f"{report} cannot be written: there is no such folder; create it first.")
     notices = Notices(quiet=options.quiet)
-    borders = Borders.of_checkpoint(options.checkpoint)
+    checkpoint = Path(source_of(str(options.checkpoint), quiet=options.quiet))
+    borders = Borders.of_checkpoint(checkpoint)
     tokens = lengths(borders, options.ctx_size or None)
     text = default_text() if options.file is None else text_of(options.file)
-    with _file(options, notices) as gguf:
+    with _file(options, checkpoint, notices) as gguf:
         with open_model(gguf) as opened:
             ids = Tokenizer.from_gguf(opened).encode(text, special=False)
         if len(ids) < tokens[-1]:
@@ -70,7 +74,7 @@ def certify_checkpoint(options: CertifyOptions) -> int:
             )
         sequences = [ids[:count] for count in tokens]
         notices.progress("transformers computes")
-        with Transformers(options.checkpoint, sequences, options.python or sys.executable) as oracle:
+        with Transformers(checkpoint, sequences, options.python or sys.executable) as oracle:
             notices.clear()
             with LLM.load(
                 gguf,
@@ -86,7 +90,7 @@ def certify_checkpoint(options: CertifyOptions) -> int:
                 found = compared(RowsBase(oracle.blocks()), llm.stream_logits(sequences), tokens)
                 notices.clear()
                 about = {
-                    "checkpoint": options.checkpoint.resolve().name,
+                    "checkpoint": model_name(checkpoint),
                     "architecture": llm.config.architecture,
                     "file": options.outtype.upper() + ", converted" if options.gguf is None else str(gguf.name),
                     "cache": options.cache_type,
@@ -106,15 +110,15 @@ def certify_checkpoint(options: CertifyOptions) -> int:
 
 
 @contextmanager
-def _file(options: CertifyOptions, notices: Notices) -> Iterator[Path]:
+def _file(options: CertifyOptions, checkpoint: Path, notices: Notices) -> Iterator[Path]:
     """The GGUF file, converted for the time being if none is given."""
     if options.gguf is not None:
-        yield options.gguf
+        yield path_of(options.gguf, quiet=options.quiet)
         return
     with tempfile.TemporaryDirectory(prefix="phiquant-certify-") as folder:
         path = Path(folder) / "model.gguf"
         with notices.compiling():
-            convert(options.checkpoint, path, options.outtype, threads=options.threads, quiet=True)
+            convert(checkpoint, path, options.outtype, threads=options.threads, quiet=True)
         yield path
 
 

@@ -5,20 +5,13 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import TaskID
 from rich.table import Table
 
+from phiquant.cli.bars import byte_bar
 from phiquant.convert import Plan, Report
 
-__all__ = ["ConversionBar", "byte_bar", "print_parts", "print_plan", "print_report"]
+__all__ = ["ConversionBar", "print_parts", "print_plan", "print_report"]
 
 _UNSEEN_WIDTH = 160  # columns when the output goes to a file or a pipe
 
@@ -60,21 +53,6 @@ class ConversionBar:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-
-
-def byte_bar(*, quiet: bool) -> Progress:
-    """A bar on stderr that counts bytes: what is at hand, how much is done, rate, time left; not without a terminal."""
-    console = Console(stderr=True, highlight=False)
-    return Progress(
-        TextColumn("{task.description:<24}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
 
 
 def print_report(report: Report) -> None:

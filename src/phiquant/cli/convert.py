@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from phiquant.cli.conversion import ConversionBar, print_report
+from phiquant.cli.models import source_of
 from phiquant.convert import convert as convert_checkpoint
 from phiquant.convert.parts import WHOLE, Division
 
@@ -22,9 +23,10 @@ def convert(
     quiet: bool = False,
 ) -> int:
     """Convert `model` (a directory or owner/name[@revision]); `threads` 0: one for each core."""
+    source = source_of(model, quiet=quiet)
     with ConversionBar(quiet=quiet) as bar:
         report = convert_checkpoint(
-            model,
+            source,
             outfile,
             outtype,
             threads=threads,

@@ -20,10 +20,12 @@ from phiquant.calibrate import (
     tensor_figures,
 )
 from phiquant.cli.failures import WrongUsage
+from phiquant.cli.models import path_of
 from phiquant.cli.notices import Notices
 from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.convert.imatrix import ImportanceMatrix, read
 from phiquant.errors import OutputError
+from phiquant.hub import Reference
 
 __all__ = ["ImatrixOptions", "imatrix"]
 
@@ -37,7 +39,7 @@ Parts = list[tuple[str, ImportanceMatrix]]
 class ImatrixOptions:
     """llama-imatrix's options as they are written."""
 
-    model: Path | None = None
+    model: Path | Reference | None = None
     file: Path | None = None
     output: Path = Path("imatrix.gguf")
     output_format: str | None = None
@@ -68,7 +70,7 @@ def imatrix(options: ImatrixOptions) -> int:
     if options.file is None and not options.in_file:
         raise WrongUsage("give a text with -f to collect from, or matrices with --in-file to combine")
     if options.file is not None and options.model is None:
-        raise WrongUsage("give the model that reads the text with -m")
+        raise WrongUsage("give the model that reads the text with -m or -hf")
     if options.output_format is None and options.output.suffix != ".gguf":
         notices.note(f"{options.output} will be a GGUF file; the older format is written with --output-format dat")
     _check_output(options)
@@ -85,9 +87,10 @@ def imatrix(options: ImatrixOptions) -> int:
 def _collect(options: ImatrixOptions, parts: Parts, notices: Notices) -> int:
     assert options.model is not None
     assert options.file is not None
+    model = path_of(options.model, quiet=options.quiet)
     dataset, begin = str(options.file), time.perf_counter()
     with Calibration(
-        options.model,
+        model,
         text_of(options.file),
         context=options.ctx_size,
         skip=options.chunk,
@@ -105,7 +108,7 @@ def _collect(options: ImatrixOptions, parts: Parts, notices: Notices) -> int:
             notices.note("the model has no output.weight, its embedding is used instead, which is not observed")
         sizes = {name: matrices * columns for name, (matrices, columns) in shapes.items()}
         for origin, matrix in parts:
-            check_same_model(origin, matrix, sizes, str(options.model))
+            check_same_model(origin, matrix, sizes, str(model))
         saved = 0
 
         def save() -> ImportanceMatrix:
@@ -203,7 +206,7 @@ def _check_output(options: ImatrixOptions) -> None:
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise OutputError(f"{output} cannot be written: there is no such folder, or it is one; choose another -o.")
     for read_from in (options.model, options.file):
-        if read_from is not None and output.exists() and read_from.exists() and output.samefile(read_from):
+        if isinstance(read_from, Path) and output.exists() and read_from.exists() and output.samefile(read_from):
             raise OutputError(f"{output} would be replaced by the matrix that is made from it; choose another -o.")
 
 

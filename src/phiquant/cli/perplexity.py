@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.cli.failures import WrongUsage
+from phiquant.cli.models import path_of
 from phiquant.cli.notices import Notices
 from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.errors import LogitsError, OutputError, RequestError
@@ -19,6 +20,7 @@ from phiquant.eval.measure import Base, Done, Measurement, RowsBase, stream
 from phiquant.eval.saved import SavedLogits, SavedWriter
 from phiquant.eval.statistics import Comparison, Estimate, Perplexity
 from phiquant.eval.windows import Windows, strided_size
+from phiquant.hub import Reference
 from phiquant.llm import LLM
 
 __all__ = ["PerplexityOptions", "described", "perplexity"]
@@ -30,7 +32,7 @@ FORMS = ("text", "json")
 class PerplexityOptions:
     """llama-perplexity's options as they are written, and a base that is a model."""
 
-    model: Path
+    model: Path | Reference
     file: Path | None = None
     ctx_size: int = 512
     batch_size: int = 2048
@@ -49,6 +51,8 @@ class PerplexityOptions:
 def perplexity(options: PerplexityOptions) -> int:
     """Do what the options ask for."""
     _check(options)
+    path = path_of(options.model, quiet=options.quiet)
+    options = dataclasses.replace(options, model=path)
     notices = Notices(quiet=options.quiet)
     with ExitStack() as stack:
         saved = None
@@ -57,7 +61,7 @@ def perplexity(options: PerplexityOptions) -> int:
             if options.file is not None:
                 notices.note(f"what is read is the text of {saved.path}, not {options.file}")
         size = _window_size(options, saved)
-        model = stack.enter_context(_loaded(options.model, size, options, notices))
+        model = stack.enter_context(_loaded(path, size, options, notices))
         windows = _windows(options, model, size, saved)
         base: Base | None = saved
         save = None

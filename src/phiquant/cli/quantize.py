@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
+from phiquant.cli.models import fetched, source_of
 from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
 from phiquant.convert.overrides import parse_override
 from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
@@ -55,9 +56,9 @@ class QuantizeOptions:
     quiet: bool = False
 
 
-def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None) -> int:
-    """Quantize, or show what would be done. `arguments`: IN [OUT] TYPE [NTHREADS]."""
-    parsed = parse_arguments(arguments)
+def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *, repository: str | None = None) -> int:
+    """Quantize, or show what would be done. `arguments`: IN [OUT] TYPE [NTHREADS], without IN if a `repository` is."""
+    parsed = parse_arguments(arguments if repository is None else [repository, *arguments])
     options = options or QuantizeOptions()
     patterns = [*options.tensor_type, *_listed_types(options.tensor_type_file)]
     chosen = Options(
@@ -70,7 +71,11 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None) -
     overrides = [parse_override(text) for text in options.override_kv]
     _check_importance(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
-    with open_source(parsed.model, quiet=options.quiet) as source:
+    if repository is None:
+        model: str | Path = source_of(parsed.model, quiet=options.quiet)
+    else:
+        model = fetched(repository, quiet=options.quiet)
+    with open_source(model, quiet=options.quiet) as source:
 
         def planned(importance: Importance | None) -> Plan:
             plan = plan_quantize(

@@ -19,7 +19,8 @@ of the output went away. `--debug`, or `PHIQUANT_DEBUG=1`, adds the traceback to
 may be written for hyphens.
 
 Environment: `PHIQUANT_CACHE_DIR` is where compiled kernels are kept; `PHIQUANT_LOWERING` forces a lesser instruction
-set (`{PROGRAM} doctor` lists them).
+set (`{PROGRAM} doctor` lists them). Of models by name: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_HUB_OFFLINE`,
+`HF_ENDPOINT`, as huggingface_hub has them.
 """
 
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..errors import RequestError
 from .failures import WrongUsage
 from .memory import peak_bytes, sized
+from .models import chosen, path_of
 from .notices import Notices
 from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from ..completion import Options
+    from ..hub import Reference
     from ..llm import LLM, Completion, CompletionChunk
 
 __all__ = ["Printer", "RunOptions", "chosen_model", "run", "unescaped"]
@@ -28,7 +30,7 @@ __all__ = ["Printer", "RunOptions", "chosen_model", "run", "unescaped"]
 class RunOptions(SamplingOptions):
     """The options of `phiquant run`, as they were given; `commands.run` says what they mean."""
 
-    model: Path
+    model: Path | Reference
     prompt: str | None = None
     file: Path | None = None
     system_prompt: str | None = None
@@ -37,7 +39,7 @@ class RunOptions(SamplingOptions):
     threads: int = 0
     gpu_layers: str = "auto"
     speculate: bool = True
-    draft_model: Path | None = None
+    draft_model: Path | Reference | None = None
     pack: bool = True
     bf16_dot: bool = False
     conversation: bool | None = None
@@ -48,17 +50,22 @@ class RunOptions(SamplingOptions):
     quiet: bool = False
 
 
-def chosen_model(path: str | None, model: str | None) -> Path:
-    """The file to run. Errors: WrongUsage if none or two are named, RequestError if it is a checkpoint, not a file."""
+def chosen_model(path: str | None, model: str | None, repository: str | None = None) -> Path | Reference:
+    """What to run. Errors: WrongUsage if none or two are named, RequestError if it is a checkpoint, not a file."""
     if path is not None and model is not None:
         raise WrongUsage(f"two models are named, {path} and {model}")
     name = path if model is None else model
-    if name is None:
-        raise WrongUsage("no model is named: phiquant run MODEL.gguf")
-    file = Path(name)
-    if file.is_dir() or (not file.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf")):
+    file = chosen(name, repository, "phiquant run MODEL.gguf")
+    if name is None or not isinstance(file, Path):
+        return file
+    checkpoint = "if it is a checkpoint, make one of it first: phiquant quantize"
+    if file.is_dir():
+        raise RequestError(f"{name} is not a GGUF file; {checkpoint} {name} Q4_K_M")
+    of_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(:[\w.-]+)?", name)
+    if of_hub is not None and not file.exists() and not name.endswith(".gguf"):
         raise RequestError(
-            f"{name} is not a GGUF file; if it is a checkpoint, make one of it first: phiquant quantize {name} Q4_K_M"
+            f"{name} is not a GGUF file; if the Hub has it as GGUF: phiquant run -hf {name}; "
+            f"{checkpoint} {of_hub[1]} Q4_K_M"
         )
     return file
 
@@ -73,14 +80,16 @@ def run(options: RunOptions) -> int:
     sampling = options.sampling()
     from ..llm import LLM
 
+    model = path_of(options.model, quiet=options.quiet)
+    smaller = None if options.draft_model is None else path_of(options.draft_model, quiet=options.quiet)
     with LLM.load(
-        options.model,
+        model,
         context=options.ctx_size,
         cache_type=options.cache_type,
         threads=max(options.threads, 0),
         gpu_layers=layers,
         speculate=options.speculate,
-        draft_model=options.draft_model,
+        draft_model=smaller,
         pack=options.pack,
         bf16_dot=options.bf16_dot,
         progress=notices.progress,

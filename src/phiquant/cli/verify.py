@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from phiquant.cli.conversion import byte_bar
+from phiquant.cli.bars import byte_bar
 from phiquant.cli.inspect import printable
 from phiquant.convert.verify import Verdict
 from phiquant.convert.verify import verify as find

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from phiquant import quants
+from phiquant import hub, quants
 from phiquant.convert.entries import Entry, string
 from phiquant.convert.filetypes import Target, parse_file_type
 from phiquant.convert.overrides import apply_overrides
@@ -241,14 +241,18 @@ def _usual_type(tensors: Iterable[Tensor]) -> str:
 
 
 def _output(source: Source, target: Target, path: Path | None) -> Path:
-    """The given path, or NAME-TYPE.gguf: in the given directory, beside a GGUF source, or in the current directory."""
+    """The given path, or NAME-TYPE.gguf: in the given directory, beside a GGUF source, or in the current directory.
+
+    Not beside a source in the Hub's cache, which belongs to other programs, too.
+    """
     if path is not None and not path.is_dir():
         return path
     name = source.name
     stem, hyphen, last = name.rpartition("-")
     if isinstance(source, GGUFSource) and hyphen and last.upper() in FileType.__members__:
         name = stem  # model-F16.gguf becomes model-Q4_K_M.gguf
-    folder = path or (source.files[0].parent if isinstance(source, GGUFSource) else Path())
+    beside = isinstance(source, GGUFSource) and not hub.is_cached(source.files[0])
+    folder = path or (source.files[0].parent if beside else Path())
     return folder / f"{name}-{target.name}.gguf"
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from phiquant.convert import hub
+from phiquant import hub
 from phiquant.convert.entries import Entry
 from phiquant.convert.filetypes import Target, parse_file_type
 from phiquant.convert.memory import bounded_threads

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import phiquant
-from phiquant.convert import hub
+from phiquant import hub
 from phiquant.convert.architectures import settings_of
 from phiquant.convert.checkpoint import Checkpoint
 from phiquant.convert.dummies import without_dummies

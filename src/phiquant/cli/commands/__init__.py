@@ -13,6 +13,7 @@ GROUPS = {
     "files": ("convert", "quantize", "split", "merge", "verify", "inspect"),
     "models": ("run", "bench", "doctor"),
     "measures": ("imatrix", "perplexity", "certify"),
+    "hub": ("pull", "list", "rm"),
 }
 """Which module here declares which verbs; `commands.VERB` imports it, since the others are not needed."""
 

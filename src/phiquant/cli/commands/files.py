@@ -5,7 +5,18 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import Json, KeepNan, MaxMemory, NoTensorFirstSplit, Quiet, Resume, SplitMaxSize, SplitMaxTensors, Threads
+from .options import (
+    HfRepo,
+    Json,
+    KeepNan,
+    MaxMemory,
+    NoTensorFirstSplit,
+    Quiet,
+    Resume,
+    SplitMaxSize,
+    SplitMaxTensors,
+    Threads,
+)
 
 __all__ = ["convert", "inspect", "merge", "quantize", "split", "verify"]
 
@@ -55,10 +66,12 @@ def quantize(
         list[str],
         Argument(
             metavar="IN [OUT] TYPE [NTHREADS]",
-            help="IN: a GGUF file, a checkpoint's folder or a repository. OUT: by default a name with the type in it. "
+            help="IN: a GGUF file, a checkpoint's folder or a repository; none with --hf-repo. OUT: by default a name "
+            "with the type in it. "
             "TYPE: such as Q4_K_M, or llama.cpp's number, or COPY.",
         ),
     ],
+    hf_repo: HfRepo = None,
     pure: Annotated[bool, Option("--pure", help="One type for all tensors, instead of llama.cpp's mixture.")] = False,
     output_tensor_type: Annotated[
         str | None, Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
@@ -152,7 +165,7 @@ def quantize(
         quiet=quiet,
     )
     with Notices(quiet=quiet).compiling():
-        return body.quantize(arguments, options)
+        return body.quantize(arguments, options, repository=hf_repo)
 
 
 def split(
@@ -191,19 +204,29 @@ def merge(
 
 
 def verify(
-    file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file, or the first part of a split model.")],
+    file: Annotated[
+        Path | None, Argument(metavar="[FILE]", help="A GGUF file, or the first part of a split model.")
+    ] = None,
+    hf_repo: HfRepo = None,
     as_json: Json = False,
     threads: Threads = 0,
     quiet: Quiet = False,
 ) -> int:
     """Check a GGUF file: header, offsets and lengths, every weight and scale, and the checksum if it has one."""
     from .. import verify as body
+    from ..models import chosen, path_of
 
-    return body.verify(file, as_json=as_json, threads=threads, quiet=quiet)
+    model = chosen(file, hf_repo, "phiquant verify MODEL.gguf")
+    return body.verify(path_of(model, quiet=quiet), as_json=as_json, threads=threads, quiet=quiet)
 
 
-def inspect(file: Annotated[Path, Argument(metavar="FILE", help="A GGUF file.")], as_json: Json = False) -> None:
+def inspect(
+    file: Annotated[Path | None, Argument(metavar="[FILE]", help="A GGUF file.")] = None,
+    hf_repo: HfRepo = None,
+    as_json: Json = False,
+) -> None:
     """Show what a GGUF file holds: header, metadata, tensors, totals."""
     from .. import inspect as body
+    from ..models import chosen, path_of
 
-    body.inspect(file, as_json)
+    body.inspect(path_of(chosen(file, hf_repo, "phiquant inspect MODEL.gguf"), quiet=as_json), as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import CACHE_TYPES, Json, Quiet, Threads
+from .options import CACHE_TYPES, HfRepo, Json, Quiet, Threads
 
 __all__ = ["certify", "imatrix", "perplexity"]
 
@@ -14,6 +14,7 @@ def imatrix(
     model: Annotated[
         Path | None, Option("--model", "-m", metavar="FILE", help="The GGUF file, best F16 or larger.")
     ] = None,
+    hf_repo: HfRepo = None,
     file: Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="The text that the model reads.")] = None,
     output: Annotated[
         Path, Option("--output-file", "--output", "-o", metavar="FILE", help="Where the matrix is written.")
@@ -50,9 +51,10 @@ def imatrix(
 ) -> int:
     """Collect an importance matrix for quantize --imatrix, combine several, or show what one holds."""
     from .. import imatrix as body
+    from ..models import given
 
     options = body.ImatrixOptions(
-        model=model,
+        model=given(model, hf_repo),
         file=file,
         output=output,
         output_format=output_format,
@@ -74,6 +76,7 @@ def imatrix(
 
 def perplexity(
     model: Annotated[Path | None, Option("--model", "-m", metavar="FILE", help="The GGUF file.")] = None,
+    hf_repo: HfRepo = None,
     file: Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="The text that the model reads.")] = None,
     ctx_size: Annotated[int, Option("--ctx-size", "-c", metavar="N", min=3, help="Tokens of a window.")] = 512,
     batch_size: Annotated[
@@ -128,13 +131,11 @@ def perplexity(
 ) -> int:
     """Measure how well a model predicts a text, as llama-perplexity does, alone or beside a base."""
     from .. import perplexity as body
-    from ..failures import WrongUsage
+    from ..models import chosen
 
-    if model is None:
-        raise WrongUsage("no model is named: phiquant perplexity -m MODEL.gguf -f TEXT")
     return body.perplexity(
         body.PerplexityOptions(
-            model=model,
+            model=chosen(model, hf_repo, "phiquant perplexity -m MODEL.gguf -f TEXT"),
             file=file,
             ctx_size=ctx_size,
             batch_size=batch_size,
@@ -153,10 +154,13 @@ def perplexity(
 
 
 def certify(
-    checkpoint: Annotated[Path, Argument(metavar="MODEL_DIR", help="A checkpoint's folder, in Hugging Face layout.")],
+    checkpoint: Annotated[
+        str, Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision].")
+    ],
     gguf: Annotated[
         Path | None, Argument(metavar="[GGUF]", help="A file made from it; by default one is made for the time being.")
     ] = None,
+    hf_repo: HfRepo = None,
     file: Annotated[
         Path | None, Option("--file", "-f", metavar="FILE", help="The text that is read; by default one of phiquant's.")
     ] = None,
@@ -191,11 +195,12 @@ def certify(
 ) -> int:
     """Compare a file's predictions with those of transformers on the checkpoint that it was made from."""
     from .. import certify as body
+    from ..models import given
 
     return body.certify_checkpoint(
         body.CertifyOptions(
             checkpoint=checkpoint,
-            gguf=gguf,
+            gguf=given(gguf, hf_repo),
             file=file,
             ctx_size=ctx_size,
             outtype=outtype,

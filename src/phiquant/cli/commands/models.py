@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import CACHE_TYPES, BFloatDot, Json, Quiet
+from .options import CACHE_TYPES, BFloatDot, HfRepo, Json, Quiet
 
 __all__ = ["bench", "doctor", "run"]
 
@@ -13,6 +13,7 @@ __all__ = ["bench", "doctor", "run"]
 def run(
     path: Annotated[str | None, Argument(metavar="[MODEL]", help="The GGUF file, if --model is not given.")] = None,
     model: Annotated[str | None, Option("--model", "-m", metavar="FILE", help="The GGUF file.")] = None,
+    hf_repo: HfRepo = None,
     prompt: Annotated[
         str | None,
         Option("--prompt", "-p", metavar="TEXT", help="The first message of the chat, or the text to be continued."),
@@ -56,6 +57,10 @@ def run(
     draft_model: Annotated[
         Path | None,
         Option("--draft-model", "-md", "--model-draft", metavar="FILE", help="A smaller model that guesses, too."),
+    ] = None,
+    hf_repo_draft: Annotated[
+        str | None,
+        Option("--hf-repo-draft", "-hfd", "-hfrd", metavar="OWNER/REPO[:QUANT]", help="The same from the Hub."),
     ] = None,
     pack: Annotated[
         bool,
@@ -195,9 +200,10 @@ def run(
 ) -> int:
     """Generate text, or chat, with a GGUF model."""
     from .. import run as body
+    from ..models import given
 
     options = body.RunOptions(
-        model=body.chosen_model(path, model),
+        model=body.chosen_model(path, model, hf_repo),
         prompt=prompt,
         file=file,
         system_prompt=system_prompt,
@@ -207,7 +213,7 @@ def run(
         threads=threads,
         gpu_layers=gpu_layers,
         speculate=speculate,
-        draft_model=draft_model,
+        draft_model=given(draft_model, hf_repo_draft),
         pack=pack,
         bf16_dot=bf16_dot,
         samplers=samplers,
@@ -253,6 +259,16 @@ def run(
 def bench(
     model: Annotated[
         list[Path] | None, Option("--model", "-m", metavar="FILE", help="A GGUF file; may be given several times.")
+    ] = None,
+    hf_repo: Annotated[
+        list[str] | None,
+        Option(
+            "--hf-repo",
+            "-hf",
+            "-hfr",
+            metavar="OWNER/REPO[:QUANT]",
+            help="A GGUF model of the Hugging Face Hub; may be given several times.",
+        ),
     ] = None,
     n_prompt: Annotated[
         list[str] | None, Option("--n-prompt", "-p", metavar="N,...", help="Tokens of a prompt; 0: no such test.")
@@ -303,12 +319,13 @@ def bench(
     """Measure prompt (pp) and generation (tg) speed as llama-bench defines them; options take several values."""
     from .. import bench as body
     from ..failures import WrongUsage
+    from ..models import fetched
 
-    if not model:
+    if not model and not hf_repo:
         raise WrongUsage("no model is named: phiquant bench -m MODEL.gguf")
     return body.bench(
         body.BenchOptions(
-            models=model,
+            models=[*(model or ()), *(fetched(name, quiet=quiet) for name in hf_repo or ())],
             n_prompt=n_prompt or (),
             n_gen=n_gen or (),
             pg=pg or (),

@@ -7,6 +7,7 @@ from typer import Option
 __all__ = [
     "CACHE_TYPES",
     "BFloatDot",
+    "HfRepo",
     "Json",
     "KeepNan",
     "MaxMemory",
@@ -18,6 +19,16 @@ __all__ = [
     "Threads",
 ]
 
+HfRepo = Annotated[
+    str | None,
+    Option(
+        "--hf-repo",
+        "-hf",
+        "-hfr",
+        metavar="OWNER/REPO[:QUANT]",
+        help="Instead of a file a GGUF model of the Hugging Face Hub, Q4_K_M if there is; fetched if it is not here.",
+    ),
+]
 Threads = Annotated[
     int, Option("--threads", "-t", metavar="N", min=0, help="Processor threads; 0: all that the process may use.")
 ]
