@@ -156,9 +156,10 @@ class Scheduler:
             sequence.begun = sequence.begun or perf_counter()
 
     def _begin(self, sequence: Sequence) -> None:
-        """Start with whatever the cache knows of it; where all rows are wanted, all must be computed."""
+        """Start with whatever the cache knows of it; rows that are wanted must be computed."""
         regime = self._rope.regime(len(sequence.ids))
-        known = sequence.ids if sequence.reuse and not sequence.wants_all_logits else sequence.ids[:1]
+        wanted = sequence.first if sequence.wants_all_logits else len(sequence.ids) - 1  # the first row that is
+        known = sequence.ids[: wanted + 1 if sequence.reuse else 1]
         sequence.table, sequence.computed = self._cache.adopt(known, regime.value.encode())
         if len(sequence.ids) == sequence.prompt_length:
             sequence.shared = sequence.computed

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from phiquant.engine.cache import PageTable
 from phiquant.engine.draft import Drafter, Odds
 from phiquant.engine.logprobs import TokenLogprob
-from phiquant.engine.sampler import Sampler, TokenMask
+from phiquant.engine.sampler import LogitsProcessor, Sampler, TokenMask
 from phiquant.engine.sampling import Sampling
 from phiquant.errors import RequestError
 
@@ -31,12 +31,13 @@ class Sequence:
         sampler: chooses by it; None without it.
         end_ids: tokens that end it.
         mask: constrains what comes.
+        processor: changes the logits that tokens are chosen from, before the sampler sees them.
         hidden: the rows that are wanted are hidden states after the last norm, not logits.
         logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling` and without `sink`.
         sink: is given rows as they are computed instead: position of the first row, and rows that are valid during
             the call. Positions before `first` are left out.
         hold: as long as it is set, nothing of it is computed; whoever takes its rows sets it to keep up.
-        reuse: take over what earlier sequences that began alike left in the cache.
+        reuse: take over what earlier sequences that began alike left in the cache; up to `first` where rows are wanted.
         logprobs: how many alternatives to note with the log-probability of each generated token; None to note nothing.
         found: what was noted.
         listener: is called with the sequence, by the thread that computes, whenever tokens came or it ended. It must
@@ -63,6 +64,7 @@ class Sequence:
         max_tokens: int | None = None,
         end_ids: frozenset[int] = frozenset(),
         mask: TokenMask | None = None,
+        processor: LogitsProcessor | None = None,
         drafters: Iterable[Drafter] = (),
         logprobs: int | None = None,
         reuse: bool = True,
@@ -77,7 +79,8 @@ class Sequence:
             raise RequestError("the prompt is empty; give at least one token")
         if max_tokens is not None and not _is_count(max_tokens, 1):
             raise RequestError(f"max_tokens is {max_tokens!r:.80} and must be at least 1")
-        self.max_tokens, self.sampling, self.end_ids, self.mask = max_tokens, sampling, end_ids, mask
+        self.max_tokens, self.sampling, self.end_ids = max_tokens, sampling, end_ids
+        self.mask, self.processor = mask, processor
         if logprobs is not None and not _is_count(logprobs, 0):
             raise RequestError(f"logprobs is {logprobs!r:.80} and must be 0 or more")
         self.logprobs, self.found = logprobs, list[TokenLogprob]()
