@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phiquant.compat.llama_cpp.completions import Completions
-from phiquant.compat.llama_cpp.llama_grammar import LlamaGrammar
+from phiquant.compat.llama_cpp.llama_grammar import LlamaGrammar, json_grammar
 from phiquant.compat.llama_cpp.processors import LogitsProcessor
 from phiquant.compat.llama_cpp.refusals import ArgumentError, note_ignored
 from phiquant.compat.llama_cpp.shapes import called, called_chunks, chat, chat_chunks
@@ -129,7 +129,7 @@ class Chats(Completions):
         if wanted is not None:
             grammar = LlamaGrammar(wanted)
         if tool is not None:
-            grammar = LlamaGrammar(Grammar.json_schema(tool.get("parameters") or {"type": "object"}))
+            grammar = LlamaGrammar(json_grammar(tool.get("parameters") or {"type": "object"}))
         made = self.create_completion(
             self._conversation(messages, variables),
             grammar=grammar,
@@ -200,7 +200,7 @@ def _format(wanted: Mapping[str, Any] | None) -> Grammar | None:
     if wanted is None or kind == "text":
         return None
     if kind == "json_schema" and isinstance(wanted.get("json_schema"), Mapping):
-        return Grammar.json_schema(wanted["json_schema"].get("schema", {}))
+        return json_grammar(wanted["json_schema"].get("schema", {}))
     if kind == "json_object":
-        return Grammar.json_schema(wanted["schema"]) if wanted.get("schema") else Grammar.json()
+        return json_grammar(wanted.get("schema") or {"type": "object"})
     raise ArgumentError(f"response_format has the type {kind!r:.60}; there are text, json_object and json_schema")

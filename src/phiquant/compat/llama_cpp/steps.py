@@ -94,7 +94,7 @@ class Steps(Core):
             reset: begin with it; False puts it after the state.
             others: as `sample`, but for repetitions: what was generated counts.
 
-        Tokens that are sent to the generator come after the one that it gave.
+        Tokens that are sent to the generator come after the one that it gave, and are not given out.
         """
         ids = [*([] if reset else self._evaluated()), *map(int, tokens)]
         self._suspend()
