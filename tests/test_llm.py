@@ -1,5 +1,6 @@
 """The public API on the bundled model."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -417,6 +418,18 @@ def test_saved_caches_that_do_not_fit(path: Path, tmp_path: Path, monkeypatch: p
         other.load_cache(file)
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "python.md"
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+def test_the_examples_of_the_page_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").symlink_to(path)
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "example"})
+
+
 def test_a_cache_smaller_than_all_contexts(path: Path) -> None:
     with pytest.raises(RequestError, match="cache_tokens is 100, less than the context of 256"):
         LLM.load(path, context=256, cache_tokens=100)
@@ -486,6 +499,14 @@ def test_streamed_logits_are_the_logits(path: Path) -> None:
         next(stream)
         stream.close()
         assert np.array_equal(llm.logits(sequences[1]), whole[1]), "what was given up is out of the way"
+    with LLM.load(path, context=64, batch=16) as llm:
+        stream = llm.stream_logits(sequences)
+        parts = [[] for _ in sequences]
+        for index, _, rows in stream:
+            parts[index].append(rows)
+            llm.generate([1, 2, 3], max_tokens=2)  # needs the only place
+        for logits, part in zip(whole, parts, strict=True):
+            assert np.array_equal(np.concatenate(part), logits)
 
 
 def test_closing(path: Path) -> None:

@@ -277,13 +277,14 @@ class _Waiting:
             raise self.job.error
 
     def _told(self, job: Job) -> None:
-        if self._sent or not self._matters():
+        if self._sent and not self._loop.is_closed():
             return
-        self._sent = True
-        try:
-            self._loop.call_soon_threadsafe(self._look)
-        except RuntimeError:  # the loop is closed, and the task is gone with it
-            self._cancel(job)
+        if self._matters():
+            self._sent = True
+            try:
+                self._loop.call_soon_threadsafe(self._look)
+            except RuntimeError:  # the loop is closed, and the task is gone with it
+                self._cancel(job)
 
     def _matters(self) -> bool:
         return self.job.ended
