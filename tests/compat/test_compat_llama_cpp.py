@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,9 @@ from phiquant.compat.llama_cpp import (
     StoppingCriteriaList,
 )
 from phiquant.compat.llama_cpp.llama_tokenizer import BaseLlamaTokenizer
-from phiquant.errors import GrammarError, RequestError, TemplateError
+from phiquant.errors import GrammarError, RequestError
 
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "llama-cpp-python.md"
 PROMPT = "Once upon a time there was a little girl"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
 MESSAGES = [{"role": "user", "content": "Who was she?"}]
@@ -93,13 +96,20 @@ def test_tokens_that_are_sent_come_in(llm: Llama) -> None:
 
 
 def test_streams_that_interrupt_one_another_go_on(llm: Llama) -> None:
-    prompts = [PROMPT, "The sun", "One day Tom and his dog"]
-    alone = [text(llm(prompt, **GREEDY)) for prompt in prompts]
-    streams = [llm(prompt, stream=True, **GREEDY) for prompt in prompts]
+    letters = LlamaGrammar.from_string('root ::= " " [a-z]{20} "."')
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (PROMPT, {"temperature": 0.0}),
+        ("The sun", {"mirostat_mode": 2, "seed": 3}),  # its sampler remembers
+        ("One day Tom and his dog", {"grammar": letters, "seed": 4}),  # so does a grammar
+    ]
+    alone = [text(llm(prompt, max_tokens=12, **more)) for prompt, more in asked]
+    streams = [llm(prompt, max_tokens=12, stream=True, **more) for prompt, more in asked]
     made = ["", "", ""]
     for _ in range(14):
         for i, stream in enumerate(streams):
             made[i] += "".join(chunk["choices"][0]["text"] for chunk in islice(stream, 1))
+            llm.eval([300])  # whatever comes in between
+            llm.reset()
     assert made == alone
 
 
@@ -246,70 +256,6 @@ def test_grammars(llm: Llama, tmp_path: Any) -> None:
         LlamaGrammar.from_file(tmp_path / "none.gbnf")
 
 
-def test_chats(llm: Llama) -> None:
-    ids = llm.llm.requests.chat_ids(MESSAGES)
-    made = llm.create_chat_completion(MESSAGES, **GREEDY)
-    assert made["usage"]["prompt_tokens"] == len(ids)
-    answer = made["choices"][0]["message"]
-    assert answer == {"role": "assistant", "content": text(llm(ids, **GREEDY))}
-    chunks = list(llm.create_chat_completion(MESSAGES, stream=True, **GREEDY))
-    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    assert deltas[0] == {"role": "assistant"}
-    assert deltas[-1] == {}
-    assert "".join(delta.get("content", "") for delta in deltas) == answer["content"]
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Who was she?"}]}]
-    assert llm.create_chat_completion(parts, **GREEDY)["choices"] == made["choices"]
-    for shape in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {"enum": ["a", "b"]}}}):
-        made = llm.create_chat_completion(MESSAGES, response_format=shape, max_tokens=100, temperature=0)
-        if made["choices"][0]["finish_reason"] == "stop":
-            json.loads(made["choices"][0]["message"]["content"])
-        else:
-            assert made["choices"][0]["message"]["content"].startswith("{")
-    with pytest.raises(ValueError, match="reads text only"):
-        llm.create_chat_completion([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])
-    with pytest.raises(ValueError, match="response_format"):
-        llm.create_chat_completion(MESSAGES, response_format={"type": "xml"})
-
-
-def test_calls_of_functions(llm: Llama, recwarn: pytest.WarningsRecorder) -> None:
-    parameters = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
-    function = {"name": "count", "parameters": parameters}
-    tools = {
-        "tools": [{"type": "function", "function": function}],
-        "tool_choice": {"type": "function", "function": {"name": "count"}},
-    }
-    for ask in (tools, {"functions": [function], "function_call": {"name": "count"}}):
-        made = llm.create_chat_completion(MESSAGES, temperature=0, max_tokens=30, **ask)  # type: ignore[arg-type]
-        choice = made["choices"][0]
-        assert choice["finish_reason"] == "tool_calls"
-        assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])["n"] in (1, 2)
-        assert choice["message"]["function_call"] == choice["message"]["tool_calls"][0]["function"]
-    plain = llm.create_chat_completion(MESSAGES, tool_choice="auto", **GREEDY)
-    assert plain["choices"][0]["message"]["content"]
-    with pytest.raises(ValueError, match="names 'other'"):
-        llm.create_chat_completion(MESSAGES, tools=tools["tools"], tool_choice={"function": {"name": "other"}})  # type: ignore[arg-type]
-
-
-def test_results_are_those_of_the_openai_package(llm: Llama) -> None:
-    chat = pytest.importorskip("openai.types.chat")
-    made = llm.create_chat_completion_openai_v1(MESSAGES, logprobs=True, top_logprobs=2, **GREEDY)
-    assert isinstance(made, chat.ChatCompletion)
-    assert len(made.choices[0].logprobs.content) == 12
-    chunks = list(llm.create_chat_completion_openai_v1(MESSAGES, stream=True, **GREEDY))
-    assert all(isinstance(chunk, chat.ChatCompletionChunk) for chunk in chunks)
-    assert chunks[-1].choices[0].finish_reason == "length"
-
-
-def test_a_handler_answers_instead(path: str) -> None:
-    def handler(*, llama: Llama, messages: Any, max_tokens: int, **others: Any) -> Any:
-        assert others["temperature"] == 0.2
-        return llama.create_completion(messages[0]["content"], max_tokens=max_tokens, temperature=0)
-
-    with Llama(path, n_ctx=64, chat_handler=handler, verbose=False) as llama:
-        made = llama.create_chat_completion([{"role": "user", "content": PROMPT}], max_tokens=5)
-        assert text(made) == text(llama(PROMPT, max_tokens=5, temperature=0))
-
-
 def test_guesses_change_nothing(path: str, llm: Llama) -> None:
     class Wrong(LlamaDraftModel):
         calls = 0
@@ -365,13 +311,24 @@ def test_embeddings(llm: Llama, path: str) -> None:
             mean.embed(PROMPT * 9, truncate=False)
 
 
+def test_what_is_assumed_is_told_unless_it_is_not_wanted(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verbose in (True, False):
+        with Llama(path, n_ctx=32, n_gpu_layers=-1, verbose=verbose) as llama:
+            assert llama.n_ctx() == 32
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert ("no GPU backend" in told.err) == verbose
+    assert told.err == ""
+
+
+def test_the_example_of_the_documentation_runs(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").symlink_to(path)
+    exec(example.replace("n_ctx=4096", "n_ctx=64"), {})
+
+
 def test_a_copy_for_another_process_loads_the_file_again(llm: Llama) -> None:
     with pickle.loads(pickle.dumps(llm)) as copy:
         assert copy.n_ctx() == 256
         assert text(copy(PROMPT, **GREEDY)) == text(llm(PROMPT, **GREEDY))
-
-
-def test_a_model_without_a_template_says_so(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm.llm.tokenizer, "chat_template", None)
-    with pytest.raises(TemplateError, match="chat_handler"):
-        llm.create_chat_completion(MESSAGES)
