@@ -39,6 +39,7 @@ def computed(llm: Llama) -> int:
 
 def test_a_state_goes_on_in_another_process_s_model(llm: Llama, fresh: Llama) -> None:
     ids = llm.tokenize(TEXT.encode())
+    llm.reset()
     llm.eval(ids)
     llm.set_seed(11)
     saved = llm.save_state()
@@ -94,6 +95,7 @@ def test_what_is_no_state_is_refused_and_never_run(llm: Llama, fresh: Llama, tmp
     with pytest.raises(ValueError, match="from_bytes"):
         fresh.load_state(pickle.dumps(Evil()))  # type: ignore[arg-type]
 
+    llm.reset()
     llm.eval(llm.tokenize(TEXT.encode()))
     saved = llm.save_state()
     broken = bytearray(saved.llama_state)
