@@ -300,6 +300,10 @@ def test_embeddings(llm: Llama, path: str) -> None:
     ids = llm.tokenize(PROMPT.encode())
     rows = llm.embed(PROMPT, normalize=True)
     assert np.allclose(rows, llm.llm.embed(ids, pooling="none").vectors, atol=1e-6)
+    for pooling, row in ((2, 0), (3, -1)):
+        with Llama(path, n_ctx=64, embedding=True, pooling_type=pooling, verbose=False) as one:
+            assert np.allclose(one.embed(PROMPT, normalize=True), rows[row], atol=1e-6)
+            assert one.pooling_type() == pooling
     with Llama(path, n_ctx=64, n_batch=16, embedding=True, pooling_type=1, verbose=False) as mean:
         made = mean.create_embedding([PROMPT, "The sun"], model="tiny")
         assert (made["model"], made["usage"]["prompt_tokens"]) == ("tiny", 11)
