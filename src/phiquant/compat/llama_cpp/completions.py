@@ -268,7 +268,8 @@ class _Run:
             generation.suspend()
         yield from self._pieces.finish()
         if llama.cache is not None:
-            llama.cache[self._order.ids + [mark.token for mark in self._pieces.marks]] = llama.save_state()
+            key = self._order.ids + [mark.token for mark in self._pieces.marks]
+            llama.cache[key] = llama._state_of(generation.ids[:-1])
 
     def _criteria_met(self, computed: int) -> bool:
         criteria = self._order.criteria

@@ -159,19 +159,7 @@ class Core:
 
     def save_state(self) -> LlamaState:
         """Tokens, and keys and values of whole pages of them."""
-        ids = self._evaluated()
-        kept = b""
-        if ids:
-            with tempfile.TemporaryDirectory() as directory:
-                path = Path(directory) / "state"
-                try:
-                    self.llm.save_cache(path, ids)
-                    kept = path.read_bytes()
-                except RequestError:  # there is no whole page; that little is soon computed again
-                    kept = b""
-        empty = np.empty((0, self.llm.config.vocab_size), np.single)
-        scores = self._scores.copy() if self._logits_all else empty
-        return LlamaState(self.input_ids, scores, len(ids), kept, len(kept), self._seed)
+        return self._state_of(self._evaluated())
 
     def load_state(self, state: LlamaState) -> None:
         """Go on from a state that `save_state` gave.
@@ -217,6 +205,22 @@ class Core:
     def _commit(self, ids: list[int], computed: int) -> None:
         """The state; `ids` may still grow."""
         self._tokens, self._computed = ids, computed
+
+    def _state_of(self, ids: list[int]) -> LlamaState:
+        kept = b""
+        if ids:
+            with tempfile.TemporaryDirectory() as directory:
+                path = Path(directory) / "state"
+                try:
+                    self.llm.save_cache(path, ids)
+                    kept = path.read_bytes()
+                except RequestError:  # there is no whole page; that little is soon computed again
+                    kept = b""
+        padded = np.zeros(self.llm.context, np.intc)
+        padded[: len(ids)] = ids
+        rows = len(ids) if self._logits_all else 0
+        scores = self.scores[:rows].copy() if rows else np.empty((0, self.llm.config.vocab_size), np.single)
+        return LlamaState(padded, scores, len(ids), kept, len(kept), self._seed)
 
     def _suspend(self) -> None:
         """Texts that somebody has begun and may never go on with shall not be computed ahead."""
