@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,24 @@ def test_logits_go_to_a_sink_from_the_first_that_is_wanted() -> None:
     steps = len(checker.steps)
     e.step(jobs[0])
     assert len(checker.steps) == steps, "it has ended"
+
+
+def test_rows_before_the_first_that_is_wanted_are_taken_from_the_cache() -> None:
+    e, checker = engine(outputs=10)
+    prompt = [7 * i % VOCABULARY for i in range(60)]
+    run(e, prompt, 1)
+    for reuse, computed in ((True, 10), (False, 60)):
+        rows: list[tuple[int, int]] = []
+        before = sum(len(s.tokens) for s in checker.steps)
+
+        def sink(position: int, found: NDArray[np.float32], rows: list[tuple[int, int]] = rows) -> None:
+            rows += [(position + i, int(row.argmax())) for i, row in enumerate(found)]
+
+        job = Sequence(prompt, None, sink=sink, first=50, reuse=reuse)
+        e.submit(job)
+        e.advance(job, 60)
+        assert rows == [(i, following(prompt[: i + 1], False)) for i in range(50, 60)]
+        assert sum(len(s.tokens) for s in checker.steps) - before == computed
 
 
 def test_a_prefix_is_computed_once() -> None:
@@ -174,6 +193,40 @@ def test_a_mask_is_asked_and_told() -> None:
     made = run(e, [1, 2, 3], 8, mask=mask).generated
     assert made == mask.taken
     assert all(token % 2 == 0 for token in made)
+
+
+def test_a_processor_changes_what_is_chosen_and_not_how_likely_it_was() -> None:
+    e, _ = engine()
+    seen = []
+
+    def next_but_one(ids: list[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append((list(ids), int(logits.argmax())))
+        return np.roll(logits, 1)
+
+    sequence = run(e, [1, 2, 3], 8, processor=next_but_one, logprobs=0)
+    for position, token in enumerate(sequence.generated, 3):
+        ids = sequence.ids[:position]
+        assert token == (following(ids, False) + 1) % VOCABULARY
+        assert seen[position - 3] == (ids, following(ids, False))
+    assert {round(found.logprob, 3) for found in sequence.found} == {round(-np.log(VOCABULARY - 1 + np.e), 3)}
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (lambda ids, logits: logits[:7], r"shape \(7,\), not \(50,\)"),
+        (lambda ids, logits: logits * np.nan, "not finite"),
+        (lambda ids, logits: np.full(len(logits), -np.inf, np.float32), "forbade every token"),
+    ],
+)
+def test_what_a_processor_does_wrong_is_its_own_sequence_s(processor: Any, message: str) -> None:
+    e, checker = engine()
+    with pytest.raises(RequestError, match=message):
+        run(e, [1, 2, 3], 8, processor=processor)
+    assert run(e, [1, 2], 3).generated == expected([1, 2], 3)
+    checker.broken = True
+    with pytest.raises(KernelError, match="model gave logits that are not finite"):
+        run(e, [4], 3, processor=lambda ids, logits: logits)
 
 
 def test_closing_ends_those_that_wait() -> None:

@@ -123,7 +123,9 @@ print(json.dumps(out))
 
 
 class LlamaCpp:
-    """What the tests ask of llama.cpp."""
+    """What the tests ask of llama.cpp; `python` has llama-cpp-python."""
+
+    python = PYTHON
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.calls = directory, 0

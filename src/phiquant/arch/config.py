@@ -46,6 +46,10 @@ class Config(Protocol):
         """Most tokens of a sequence."""
 
     @property
+    def embedding_length(self) -> int:
+        """Width of the hidden states."""
+
+    @property
     def rotary(self) -> Rotary:
         """Rotation of the heads."""
 

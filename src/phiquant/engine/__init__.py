@@ -4,7 +4,7 @@ from phiquant.engine.draft import Drafter, PromptLookup
 from phiquant.engine.engine import Engine
 from phiquant.engine.logprobs import TokenLogprob
 from phiquant.engine.model_draft import ModelDraft
-from phiquant.engine.sampler import Sampler, TokenMask, sample
+from phiquant.engine.sampler import LogitsProcessor, Sampler, TokenMask, sample
 from phiquant.engine.sampling import CHAIN, Breaker, Sampling, parse_chain
 from phiquant.engine.sequence import Finish, Sequence
 from phiquant.engine.stats import Stats
@@ -15,6 +15,7 @@ __all__ = [
     "Drafter",
     "Engine",
     "Finish",
+    "LogitsProcessor",
     "ModelDraft",
     "PromptLookup",
     "Sampler",

@@ -19,7 +19,7 @@ from phiquant.engine.sampling import Sampling
 from phiquant.engine.truncation import Candidates, largest
 from phiquant.errors import KernelError, RequestError
 
-__all__ = ["Sampler", "TokenMask", "sample"]
+__all__ = ["LogitsProcessor", "Sampler", "TokenMask", "sample"]
 
 _Step = Callable[[Candidates, Sampling, float], Candidates]
 _STEPS: Final[Mapping[str, _Step]] = MappingProxyType(
@@ -45,6 +45,13 @@ class TokenMask(Protocol):
 
     def accept(self, token: int) -> None:
         """This one came."""
+
+
+class LogitsProcessor(Protocol):
+    """Changes the scores of what may come next in a sequence, before anything else does."""
+
+    def __call__(self, ids: Sequence[int], logits: NDArray[np.float32], /) -> NDArray[np.float32]:
+        """Scores of the token after `ids`, float32 [vocabulary]. Neither argument may be changed or kept."""
 
 
 class Sampler:

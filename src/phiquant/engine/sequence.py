@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from phiquant.engine.cache import PageTable
 from phiquant.engine.draft import Drafter, Odds
 from phiquant.engine.logprobs import TokenLogprob
-from phiquant.engine.sampler import Sampler, TokenMask
+from phiquant.engine.sampler import LogitsProcessor, Sampler, TokenMask
 from phiquant.engine.sampling import Sampling
 from phiquant.errors import RequestError
 
@@ -31,6 +31,7 @@ class Sequence:
         sampler: chooses by it; None without it.
         end_ids: tokens that end it.
         mask: constrains what comes.
+        processor: changes the logits that tokens are chosen from, before the sampler sees them.
         hidden: the rows that are wanted are hidden states after the last norm, not logits.
         logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling` and without `sink`.
         sink: is given rows as they are computed instead: position of the first row, and rows that are valid during
@@ -65,6 +66,7 @@ class Sequence:
         max_tokens: int | None = None,
         end_ids: frozenset[int] = frozenset(),
         mask: TokenMask | None = None,
+        processor: LogitsProcessor | None = None,
         drafters: Iterable[Drafter] = (),
         logprobs: int | None = None,
         reuse: bool = True,
@@ -79,7 +81,8 @@ class Sequence:
             raise RequestError("the prompt is empty; give at least one token")
         if max_tokens is not None and not _is_count(max_tokens, 1):
             raise RequestError(f"max_tokens is {max_tokens!r:.80} and must be at least 1")
-        self.max_tokens, self.sampling, self.end_ids, self.mask = max_tokens, sampling, end_ids, mask
+        self.max_tokens, self.sampling, self.end_ids = max_tokens, sampling, end_ids
+        self.mask, self.processor = mask, processor
         if logprobs is not None and not _is_count(logprobs, 0):
             raise RequestError(f"logprobs is {logprobs!r:.80} and must be 0 or more")
         self.logprobs, self.found = logprobs, list[TokenLogprob]()

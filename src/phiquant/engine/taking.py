@@ -1,12 +1,15 @@
 """What becomes of the rows that a step gives: they are handed on, or tokens are sampled from them."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine.logprobs import token_logprob
-from phiquant.engine.sampler import Sampler
+from phiquant.engine.sampler import LogitsProcessor, Sampler
 from phiquant.engine.scheduler import Chunk
 from phiquant.engine.sequence import Sequence
+from phiquant.errors import RequestError
 
 __all__ = ["take"]
 
@@ -52,7 +55,8 @@ def _next(sequence: Sequence, sampler: Sampler, logits: Rows, context: int, unus
     banned = None
     if len(sequence.ids) - sequence.prompt_length < sampler.sampling.min_tokens:
         banned = np.array(sorted(i for i in sequence.end_ids if i < len(logits)), np.int64)
-    token = sampler.choose(logits, sequence.ids, unused=unused, allowed=allowed, banned=banned)
+    scores = logits if sequence.processor is None else _processed(sequence.processor, sequence.ids, logits)
+    token = sampler.choose(scores, sequence.ids, unused=unused, allowed=allowed, banned=banned)
     if sequence.logprobs is not None:
         sequence.found.append(token_logprob(logits, token, sequence.logprobs))
     if sequence.mask is not None:
@@ -63,3 +67,15 @@ def _next(sequence: Sequence, sampler: Sampler, logits: Rows, context: int, unus
     elif len(sequence.ids) - sequence.prompt_length == sequence.max_tokens or len(sequence.ids) >= context:
         sequence.finish = "length"
     return token
+
+
+def _processed(processor: LogitsProcessor, ids: list[int], logits: Rows) -> Rows:
+    """What a processor makes of logits, checked: it is not ours."""
+    if not math.isfinite(float(logits.max())):
+        return logits  # the model is to blame, and the sampler says so
+    scores = np.asarray(processor(ids, logits), np.float32)
+    if scores.shape != logits.shape:
+        raise RequestError(f"the logits processor gave scores of shape {scores.shape}, not {logits.shape}")
+    if not math.isfinite(float(scores.max())):
+        raise RequestError("the logits processor gave scores that are not finite, or forbade every token")
+    return scores
