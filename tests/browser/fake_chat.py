@@ -27,7 +27,7 @@ class Canned:
         pause: seconds between pieces.
         models: names.
         key: what requests must carry; None: nothing.
-        refusals: (status, body, headers) of the next chats, in order; status 0 breaks the stream after some pieces.
+        refusals: (status, body as JSON or text of HTML, headers) of the next chats, in order; status 0 breaks the stream after some pieces.
         bodies: of the chats, parsed.
         cancelled: how many streams the browser left.
     """
@@ -36,13 +36,12 @@ class Canned:
     pause: float = 0.01
     models: tuple[str, ...] = ("phi-4-mini-Q4_K_M",)
     key: str | None = None
-    refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
+    refusals: list[tuple[int, Any, dict[str, str]]] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     cancelled: int = 0
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
     canned: Canned
 
     def log_message(self, *_: object) -> None:
@@ -74,7 +73,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.canned.refusals:
             status, said, headers = self.canned.refusals.pop(0)
             if status:
-                self._json(status, said, headers)
+                if isinstance(said, str):
+                    self._send(status, "text/html", said.encode(), headers)
+                else:
+                    self._json(status, said, headers)
                 return
             breaks = True
         self._stream(body, breaks)
@@ -116,7 +118,6 @@ class Handler(BaseHTTPRequestHandler):
             pieces = pieces[: len(pieces) // 2]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
         self.end_headers()
         begin = time.monotonic()
         try:
@@ -134,8 +135,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"data: [DONE]\n\n")
         except (BrokenPipeError, ConnectionResetError):
             self.canned.cancelled += 1
-        finally:
-            self.close_connection = True
 
     def _event(self, chunk: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())

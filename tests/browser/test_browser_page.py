@@ -83,6 +83,7 @@ class Visit:
 
     def write(self, text: str) -> None:
         self.find("#prompt").fill(text)
+        expect(self.find("#send")).to_be_enabled()
         if self.phone:
             self.find("#send").tap()
         else:
@@ -443,7 +444,7 @@ def test_the_key_is_asked_for_and_kept_only_if_wanted(visit: Open, server: FakeC
             "The prompt has 9000 tokens. Begin a new conversation, or restart the server with a larger --ctx-size.",
         ),
         (500, {"error": {"message": "the server failed"}}, {}, "The server failed."),
-        (502, "a proxy's page", {}, "The server answered with status 502."),
+        (502, "<h1>Bad gateway</h1>", {}, "The server answered with status 502."),
         (0, None, {}, "The connection broke before the answer was complete."),
     ],
 )  # fmt: skip
@@ -652,10 +653,12 @@ def test_everything_is_done_with_the_keyboard_alone(visit: Open, server: FakeCha
     expect(on.find("#sidebar")).to_be_visible()
 
     on.open()
+    expect(on.find("#prompt")).to_be_focused()
     seen = []
-    on.run("document.activeElement.blur()")
+    on.find(".skip").focus()
     for _ in range(12):
-        keyboard.press("Tab")
+        if seen:
+            keyboard.press("Tab")
         seen.append(on.run("document.activeElement.getAttribute('aria-label') ?? document.activeElement.innerText"))
         if seen[-1] == "Message":
             break

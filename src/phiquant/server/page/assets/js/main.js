@@ -103,6 +103,7 @@ class Page {
       this.picker.disabled = found.length < 2;
       this.picker.title = found.length < 2 ? "The server has one model" : "";
       if (!found.length) this.notice("The server has no model.");
+      this.refresh();
       await this.learn();
     } catch (error) {
       if (error.status === 401 && (await askForKey())) {
@@ -184,6 +185,12 @@ class Page {
     }
     this.sidebar.makeWay();
     if (focus && matchMedia("(pointer: fine)").matches) this.composer.focus();
+  }
+
+  /** A conversation of the list: the one in use if it is. */
+  async whole(id) {
+    const stored = await this.store.get(id);
+    return this.running.get(id)?.conversation ?? (id === this.conversation.id ? this.conversation : stored);
   }
 
   remember(id) {
@@ -282,7 +289,7 @@ class Page {
   }
 
   async rename(id, title) {
-    const conversation = id === this.conversation.id ? this.conversation : await this.store.get(id);
+    const conversation = await this.whole(id);
     conversation.title = title;
     await this.save(conversation);
     this.refresh();
@@ -291,7 +298,7 @@ class Page {
   async remove(id) {
     this.removed.add(id);
     this.running.get(id)?.stop();
-    const conversation = id === this.conversation.id ? this.conversation : await this.store.get(id);
+    const conversation = await this.whole(id);
     await this.store.remove(id);
     this.listed = this.listed.filter((entry) => entry.id !== id);
     if (id === this.conversation.id) this.begin();
@@ -316,7 +323,7 @@ class Page {
   }
 
   async exportOne(id) {
-    const conversation = id === this.conversation.id ? this.conversation : await this.store.get(id);
+    const conversation = await this.whole(id);
     download(fileName(conversation.title), exported([conversation]));
   }
 

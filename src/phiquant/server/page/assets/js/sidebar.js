@@ -22,6 +22,7 @@ export class Sidebar {
   #listed = [];
   #current = null;
   #running = new Set();
+  #looks = null; // what the list shows now
 
   constructor(actions) {
     this.#actions = actions;
@@ -66,7 +67,11 @@ export class Sidebar {
     this.#running = running;
     const list = byId("conversations");
     if (list.querySelector("input")) return; // a title is being written
-    const focused = list.contains(document.activeElement) ? document.activeElement.closest("li")?.dataset.id : null;
+    const looks = JSON.stringify([listed.map(({ id, title, updated }) => [id, title, period(updated)]), current, [...running]]);
+    if (looks === this.#looks) return;
+    this.#looks = looks;
+    const active = list.contains(document.activeElement) ? document.activeElement : null;
+    const focused = active?.closest("li")?.dataset.id;
     const groups = new Map();
     for (const entry of listed) {
       const name = period(entry.updated);
@@ -77,7 +82,7 @@ export class Sidebar {
       ...[...groups].map(([name, entries]) => h("section", {}, h("h2", {}, name), h("ul", {}, ...entries))),
       ...(listed.length ? [] : [h("p", { class: "hint" }, "Conversations will be listed here.")]),
     );
-    if (focused) list.querySelector(`[data-id="${focused}"] .open`)?.focus({ preventScroll: true });
+    if (focused) list.querySelector(`[data-id="${focused}"] .${active.classList[0]}`)?.focus({ preventScroll: true });
   }
 
   #entry(entry) {
@@ -159,12 +164,16 @@ export class Sidebar {
       const title = input.value.trim();
       input.remove();
       if (keep && title && title !== entry.title) this.#actions.rename(entry.id, title);
+      this.#looks = null;
       this.update(this.#listed, this.#current, this.#running);
       byId("conversations").querySelector(`[data-id="${entry.id}"] .open`)?.focus({ preventScroll: true });
     };
     input.addEventListener("blur", () => finish(true));
     input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.isComposing) finish(true);
+      if (event.key === "Enter" && !event.isComposing) {
+        event.preventDefault(); // or it presses the button that has the focus next
+        finish(true);
+      }
       if (event.key === "Escape") {
         event.stopPropagation();
         finish(false);
