@@ -27,7 +27,8 @@ class Canned:
         pause: seconds between pieces.
         models: names.
         key: what requests must carry; None: nothing.
-        refusals: (status, body as JSON or text of HTML, headers) of the next chats, in order; status 0 breaks the stream after some pieces.
+        refusals: (status, body as JSON or text of HTML, headers) of the next chats, in order; status 0 breaks the
+            stream after some pieces.
         bodies: of the chats, parsed.
         cancelled: how many streams the browser left.
     """

@@ -69,7 +69,7 @@ function sentence(status, said, code, retryAfter) {
     return end(reason || "The server has too much to do") + ` Try again${wait}.`;
   }
   if (code === "context_length_exceeded") {
-    return `${end(reason)} Begin a new conversation, or restart the server with a larger --ctx-size.`;
+    return `${end(reason)} A new conversation has room again.`;
   }
   if (status === 503) return end(reason || "The server is not ready yet");
   return reason ? end(reason) : `The server answered with status ${status}.`;

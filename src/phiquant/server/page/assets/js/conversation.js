@@ -2,7 +2,7 @@
 //
 // {id, title, created, updated, system, leaf, messages: [{id, parent, role, content, created, ...}]}
 // Times are milliseconds since 1970. Further fields of an answer: reasoning, model, state ("running", "done", "stopped",
-// "failed"), finish, error, stats {tokens, prompt, context, rate, first}.
+// "failed"), finish, error, limit, stats {tokens, context, rate, about, first}.
 
 const TITLE = 60; // characters
 

@@ -5,6 +5,7 @@ import { request } from "./conversation.js";
 import { parameters } from "./sampling.js";
 
 const SAVE = 1000; // milliseconds
+const LEAST = 4; // pieces from which a speed can be told
 
 export class Generation {
   #abort = new AbortController();
@@ -29,7 +30,7 @@ export class Generation {
   /** Tokens per second so far, if every piece is one; null before there is something to tell. */
   get pace() {
     const seconds = (performance.now() - this.first) / 1000;
-    return this.first === null || this.pieces < 4 || seconds < 0.5 ? null : (this.pieces - 1) / seconds;
+    return this.first === null || this.pieces < LEAST || seconds < 0.5 ? null : (this.pieces - 1) / seconds;
   }
 
   async run() {
@@ -85,6 +86,7 @@ export class Generation {
     const seconds = (last - this.first) / 1000;
     if (timings?.predicted_per_second > 0) stats.rate = timings.predicted_per_second;
     else if (stats.tokens > 1 && this.pieces > 1 && seconds > 0) stats.rate = (stats.tokens - 1) / seconds;
+    else if (this.pieces >= LEAST && seconds > 0) Object.assign(stats, { rate: (this.pieces - 1) / seconds, about: true });
     return stats;
   }
 

@@ -25,6 +25,7 @@ class Page {
   listed = [];
   running = new Map(); // conversation id: Generation
   removed = new Set(); // ids that nothing shall be kept of
+  models = new Map(); // name: what /v1/models says of it
   window = null; // tokens of the model's context
 
   constructor() {
@@ -97,6 +98,7 @@ class Page {
     try {
       const found = await models();
       this.notice(null);
+      this.models = new Map(found.map((model) => [model.id, model]));
       this.picker.replaceChildren(...found.map(({ id }) => new Option(id, id)));
       const wanted = read("model");
       if (found.some(({ id }) => id === wanted)) this.picker.value = wanted;
@@ -115,9 +117,10 @@ class Page {
     this.refresh();
   }
 
+  /** Learn a model's context and defaults; one that is not in memory is not loaded for that. */
   async learn() {
     const model = this.picker.value;
-    if (!model) return;
+    if (!model || this.models.get(model)?.status?.value === "unloaded") return;
     const said = (await props(model)).default_generation_settings ?? {};
     if (model !== this.picker.value) return;
     this.window = Number.isInteger(said.n_ctx) && said.n_ctx > 0 ? said.n_ctx : null;
@@ -248,6 +251,7 @@ class Page {
     announce("The model is answering.");
     await generation.run();
     this.running.delete(conversation.id);
+    if (message.state === "done" && this.models.get(model)?.status?.value === "unloaded") this.connect();
     if (generation.error?.status === 401 && !retried) {
       const given = await askForKey(true);
       if (given) {

@@ -299,7 +299,7 @@ function described(message) {
     parts.push(message.limit && stats.tokens >= message.limit ? `cut off at ${message.limit} tokens` : "cut off: the context is full");
   }
   if (stats.tokens) parts.push(`${stats.tokens.toLocaleString("en")} token${stats.tokens === 1 ? "" : "s"}`);
-  if (stats.rate) parts.push(`${stats.rate.toFixed(1)} tokens/s`);
+  if (stats.rate) parts.push(`${stats.about ? "≈ " : ""}${stats.rate.toFixed(1)} tokens/s`);
   if (stats.first >= 0.05) parts.push(`first after ${stats.first < 10 ? stats.first.toFixed(1) : Math.round(stats.first)} s`);
   return parts.flatMap((part, index) => [index ? h("span", { class: "dot", "aria-hidden": "true" }, "·") : null, h("span", {}, part)]).filter(Boolean);
 }

@@ -100,6 +100,6 @@ function checkedMessage(given) {
     ...(typeof given.finish === "string" ? { finish: given.finish } : {}),
     ...(typeof given.error === "string" ? { error: given.error } : {}),
     limit: number(given.limit),
-    stats: { tokens: number(stats?.tokens), context: number(stats?.context), rate: number(stats?.rate), first: number(stats?.first) },
+    stats: { tokens: number(stats?.tokens), context: number(stats?.context), rate: number(stats?.rate), first: number(stats?.first), about: stats?.about === true },
   };
 }
