@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     canned = Canned(answers={"": "Certainly.", QUESTION: ANSWER})
     with FakeChat(canned) as server, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for size in SIZES:
+        for size, size_of in SIZES.items():
             for scheme in ("light", "dark"):
                 on = Visit(browser, server.url, size, scheme)
                 for question in (*OTHERS, QUESTION):
@@ -27,6 +27,7 @@ def main(folder: Path) -> None:
                     on.ask(question)
                 if not on.phone:
                     on.run("document.getElementById('scroll').scrollTop = 0")
+                on.page.mouse.move(size_of[0] / 2, size_of[1] / 2)
                 on.page.wait_for_timeout(500)
                 on.page.screenshot(path=folder / f"chat-{size}-{scheme}.png")
                 on.close()

@@ -239,6 +239,38 @@ def test_text_that_comes_letter_by_letter_ends_as_if_it_had_come_at_once(visit: 
     assert kept  # elements that are complete are never made again, or they would flicker and lose the selection
 
 
+def test_a_block_that_grows_keeps_its_elements_and_what_is_selected_in_them(visit: Open) -> None:
+    on = visit()
+    kept, selected = on.run(
+        """async (texts) => {
+            const { MarkdownView } = await import('/assets/js/markdown.js');
+            await (await import('/assets/js/highlight.js')).load('python');
+            const element = document.createElement('div');
+            document.getElementById('scroll').append(element);
+            const view = new MarkdownView(element);
+            const kept = [], selected = [];
+            for (const [begin, end, inside] of texts) {
+                for (let at = 1; at <= begin.length; at += 1) view.update(begin.slice(0, at), false);
+                const node = element.querySelector(inside);
+                getSelection().selectAllChildren(node);
+                const before = getSelection().toString();
+                for (let at = 1; at <= end.length; at += 1) view.update(begin + end.slice(0, at), false);
+                kept.push(element.querySelector(inside) === node);
+                selected.push(getSelection().toString().startsWith(before) && before !== '');
+            }
+            return [kept, selected];
+        }""",
+        [
+            ["```python\nprint(1)\n", "def f():\n    return 2\n", ".code pre"],
+            ["- one\n- two", " and more\n- three", "li"],
+            ["Some **bold** words", " and more of them, *many*", "strong"],
+            ["| a | b |\n|---|---|\n| 1 | 2 |\n", "| 3 | 4 |\n", "th"],
+        ],
+    )
+    assert kept == [True] * 4
+    assert selected == [True] * 4
+
+
 def test_what_is_being_written_does_not_look_like_something_else(visit: Open) -> None:
     on = visit()
     shown = on.run(
@@ -497,6 +529,7 @@ def test_conversations_are_renamed_deleted_brought_back_exported_and_imported(
         ({"id": "<b>"}, 'conversation 1: "<b>" is no id'),
         ({"parent": "nobody"}, "conversation 1: message m1 follows one that is not there"),
         ({"parent": "m1"}, "conversation 1: message m1 follows one that is not there"),
+        ({"role": "assistant"}, "conversation 1: message m1 does not follow one of the other side"),
         ({"role": "system"}, "conversation 1: a message is of neither user nor assistant"),
         ({"content": 3}, "conversation 1: a message is no text"),
     ],

@@ -33,7 +33,9 @@ export class Sidebar {
     byId("close-sidebar").addEventListener("click", () => this.open(false));
     byId("scrim").addEventListener("click", () => this.open(false));
     this.element.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && NARROW.matches) this.open(false);
+      if (event.key !== "Escape" || !NARROW.matches) return;
+      event.stopPropagation(); // it does not stop the answer, too
+      this.open(false);
     });
     NARROW.addEventListener("change", () => this.#apply(NARROW.matches ? false : read("sidebar", true)));
     this.#apply(NARROW.matches ? false : read("sidebar", true));

@@ -10,7 +10,7 @@ const NEAR = 60; // pixels from the end within which the view follows what is wr
 export class Thread {
   #actions;
   #views = new Map();
-  #conversation = null;
+  #shown = null; // a conversation's id
   #follows = true;
 
   constructor(actions) {
@@ -33,9 +33,9 @@ export class Thread {
 
   /** Bring the page up to date with a conversation; messages that stay keep their elements. */
   render(conversation) {
-    if (conversation !== this.#conversation) {
+    if (conversation.id !== this.#shown) {
       this.#views.clear();
-      this.#conversation = conversation;
+      this.#shown = conversation.id;
       this.#follows = true;
     }
     const shown = path(conversation);

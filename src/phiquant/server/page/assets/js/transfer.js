@@ -60,13 +60,16 @@ const identifier = (value) => {
 
 function checked(given) {
   if (!Array.isArray(given?.messages)) throw new Error("it has no messages");
-  const seen = new Set();
+  const seen = new Map();
   const messages = given.messages.map((message) => {
     const found = checkedMessage(message);
     if (seen.has(found.id)) throw new Error(`two messages have the id ${found.id}`);
     // Parents come before their children, so that there are no circles.
     if (found.parent !== null && !seen.has(found.parent)) throw new Error(`message ${found.id} follows one that is not there`);
-    seen.add(found.id);
+    // Answers follow questions, and questions follow answers or nothing.
+    const before = found.parent === null ? "assistant" : seen.get(found.parent);
+    if (before === found.role) throw new Error(`message ${found.id} does not follow one of the other side`);
+    seen.set(found.id, found.role);
     return found;
   });
   const leaf = seen.has(given.leaf) ? given.leaf : (messages.at(-1)?.id ?? null);
