@@ -169,7 +169,7 @@ $\\href{javascript:window.hurt=7}{x}$ and $\\includegraphics{http://example.org/
 <script>window.hurt = 9</script>
 ```
 
-[reference][1] and <http://example.org/auto>
+[reference][1] and <http://example.org/auto> and [path](/v1/slots) and [host](//example.org/x) and [hash](#prompt)
 
 [1]: javascript:window.hurt=10
 """
