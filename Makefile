@@ -22,7 +22,7 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs arm parity interop bench bench-speed bench-types table parity-table clean
+.PHONY: help demo test check docs arm browser parity interop bench bench-speed bench-types table parity-table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -36,6 +36,10 @@ test: $(VENV)/.ready-tests ## the tests that need neither torch nor llama.cpp
 arm: $(VENV)/.ready-tests ## the AArch64 kernels, cross-compiled, under qemu-user (installs both with apt-get)
 	sh scripts/install_packages.sh
 	PHIQUANT_EMULATE=aarch64 $(BIN)/python -m pytest -n auto --dist worksteal tests/kernels
+
+browser: $(VENV)/.ready-tests ## the chat page in Chromium, which has to be installed (Debian: apt-get install chromium)
+	$(BIN)/python $(PIP) --prefer-binary --group browser
+	$(BIN)/python -m pytest -m browser tests/browser
 
 check: $(VENV)/.ready-tests ## linter, formatting, types, imports between rooms, generated documentation
 	$(BIN)/ruff check .
