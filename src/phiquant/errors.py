@@ -14,8 +14,8 @@
     ├── RequestError           an argument, an option or a prompt that cannot be served
     │   ├── TokenError         a token id outside the vocabulary
     │   ├── ContextError       more tokens than the context holds
-    │   ├── GrammarError       a grammar that is malformed, cannot be expressed, or costs too much
-    │   └── QueueFull          so many requests wait already that this one would wait too long
+    │   ├── QueueFull          too many requests wait already; it says when to try again
+    │   └── GrammarError       a grammar that is malformed, cannot be expressed, or costs too much
     ├── WeightsError           NaN or infinity in weights, shapes that do not fit, requantization not allowed
     ├── OutputError            an output cannot be written: path, permission, disk full
     └── KernelError            a kernel was not compiled, was refused at binding, or reported a failure
@@ -106,8 +106,8 @@ class ContextError(RequestError):
     """A sequence does not fit the context."""
 
 
-class QueueFull(RequestError):  # noqa: N818 - what has happened, as `ContextError` is; the name says it
-    """So many requests wait already that this one is refused; `retry_after` seconds may change that."""
+class QueueFull(RequestError):
+    """Too many requests wait already; one may be accepted in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)

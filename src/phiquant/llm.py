@@ -1,4 +1,4 @@
-"""The public Python API, and the only place where file, tokenizer, model, processor and engine meet.
+"""The public Python API.
 
 from phiquant import LLM
 
@@ -10,34 +10,25 @@ with LLM.load("phi.gguf") as llm:
 
 import math
 import os
-import secrets
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Final, Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phiquant import arch
-from phiquant.completion import Completion, CompletionChunk, Options, Timings, Usage
-from phiquant.engine import Drafter, Engine, Finish, ModelDraft, PromptLookup, Sampling, TokenMask
+from phiquant.completion import Completion, CompletionChunk, Embeddings, Options, Timings, Usage
+from phiquant.embedding import Pooling, embeddings, pooled
+from phiquant.engine import Drafter, ModelDraft, PromptLookup, Stats
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
-from phiquant.gguf import GGMLType, GGUFFile, open_model
-from phiquant.kernels.cache_types import CACHE_TYPES
-from phiquant.kernels.ops import Capacity
-from phiquant.kernels.select import select
-from phiquant.model import Rope, load_weights, record
-from phiquant.text import Message, StopStrings, Tokenizer, chat
+from phiquant.loading import PAGE_TOKENS, Loaded
+from phiquant.request import Prompt, Request, Requests, prompts_of
+from phiquant.text import Message
 
-__all__ = ["LLM", "Completion", "CompletionChunk", "Options", "Timings", "Usage"]
-
-PAGE_TOKENS: Final = 64
-# Logits of a step take at most this many bytes; tokens beyond go into the next step.
-LOGITS_BYTES: Final = 1 << 27
+__all__ = ["LLM", "PAGE_TOKENS", "Completion", "CompletionChunk", "Embeddings", "Options", "Timings", "Usage"]
 
 
 class LLM:
@@ -48,25 +39,18 @@ class LLM:
         tokenizer: text to ids and back.
         context: most tokens of prompt and completion together.
         backend: name of the kind of processor in use.
+        requests: makes requests of what callers ask for.
+        engine: computes them.
         notes: what was asked for and is not done, and what the file does not say and was assumed, one sentence each.
     """
 
-    def __init__(
-        self,
-        gguf: GGUFFile,
-        config: arch.Config,
-        tokenizer: Tokenizer,
-        engine: Engine,
-        backend: str,
-        *,
-        speculate: bool = True,
-        smaller: "LLM | None" = None,
-    ) -> None:
+    def __init__(self, loaded: Loaded, *, speculate: bool = True, smaller: "LLM | None" = None) -> None:
         """For `load`."""
-        self.config, self.tokenizer, self.backend = config, tokenizer, backend
-        self.context = engine.context
-        self.notes: list[str] = [*config.assumptions]
-        self._gguf, self._engine = gguf, engine
+        self.config, self.tokenizer, self.backend = loaded.config, loaded.tokenizer, loaded.backend
+        self.context = loaded.engine.context
+        self.notes: list[str] = [*loaded.notes]
+        self.requests = Requests(loaded.tokenizer, loaded.config.vocab_size)
+        self._loaded, self.engine = loaded, loaded.engine
         self._speculate, self._smaller = speculate, smaller
         self._closed = False
 
@@ -80,6 +64,7 @@ class LLM:
         gpu_layers: int = 0,
         backend: str = "auto",
         cache_type: str = "f16",
+        cache_tokens: int = 0,
         batch: int = 512,
         parallel: int = 1,
         speculate: bool = True,
@@ -98,7 +83,10 @@ class LLM:
             backend: "auto" (the best that this machine can run), "cpu" or "reference".
             cache_type: element type of the key-value cache: "f16", "f32", or quantized and thereby smaller, "q8_0" or
                 "q4_0", of models whose heads are a multiple of 32 channels.
-            batch: most tokens of a step; prompts are computed in chunks of this size.
+            cache_tokens: tokens that the cache of all sequences holds, at least a context; 0 for a context each. If it
+                is less than all of them need, some wait for others.
+            batch: most tokens of a step; prompts are computed in chunks of this size, or of less while others wait for
+                their next token.
             parallel: most sequences of a step.
             speculate: guess tokens where the text repeats itself and let the model check several at once, where that
                 is faster; what is generated is the same.
@@ -117,63 +105,36 @@ class LLM:
                 lacks what `bf16_dot` asks for.
             KernelError: a kernel could not be made.
         """
-        if cache_type not in CACHE_TYPES:
-            raise RequestError(f"cache_type is {cache_type!r} and must be one of {', '.join(CACHE_TYPES)}")
-        for name, value, least in (
-            ("context", context, 0),
-            ("threads", threads, 0),
-            ("batch", batch, 1),
-            ("parallel", parallel, 1),
-        ):
-            if value < least:
-                raise RequestError(f"{name} is {value} and must be at least {least}")
-        gguf = open_model(path)
-        try:
-            config = arch.load(gguf)
-            context = min(context or config.context_length, config.context_length)
-            pages = -(-context // PAGE_TOKENS)
-            capacity = Capacity(
-                tokens=max(batch, parallel),
-                outputs=max(parallel, min(max(batch, parallel), LOGITS_BYTES // (4 * config.vocab_size))),
-                sequences=parallel,
-                pages=pages * parallel,
-                page_tokens=PAGE_TOKENS,
-                pages_per_sequence=pages,
-                cache_type=CACHE_TYPES[cache_type],
-                threads=threads,
-                pack=pack,
-                bf16_dot=bf16_dot,
-            )
-            chosen = select(backend, progress)
-            executable = chosen.prepare(record(config, load_weights(gguf, config)), capacity)
-            tokenizer = Tokenizer.from_gguf(gguf)
-            unused = tokenizer.unused_ids
-            engine = Engine(executable, Rope(config.rotary), context, unused[unused < config.vocab_size])
-        except BaseException:
-            gguf.close()
-            raise
-        smaller = None
+        loaded = Loaded.of(
+            path,
+            context=context,
+            threads=threads,
+            gpu_layers=gpu_layers,
+            backend=backend,
+            cache_type=cache_type,
+            cache_tokens=cache_tokens,
+            batch=batch,
+            parallel=parallel,
+            pack=pack,
+            bf16_dot=bf16_dot,
+            progress=progress,
+        )
+        llm = cls(loaded, speculate=speculate)
         if speculate and draft_model is not None:
             try:
-                smaller = cls._load_smaller(
-                    draft_model, tokenizer, context=context, threads=threads, backend=backend, cache_type=cache_type
+                llm._smaller = cls._load_smaller(
+                    draft_model, llm, context=context, threads=threads, backend=backend, cache_type=cache_type
                 )
             except BaseException:
-                engine.close()
-                gguf.close()
+                llm.close()
                 raise
-        llm = cls(gguf, config, tokenizer, engine, chosen.name, speculate=speculate, smaller=smaller)
-        if gpu_layers > 0:
-            llm.notes.append("no GPU backend is installed, so all layers run on the CPU")
-        if bf16_dot and not any(tensor.type is GGMLType.BF16 for tensor in gguf.tensors.values()):
-            llm.notes.append("dot products of BF16 change nothing, because no weight of this model is BF16")
         return llm
 
     @classmethod
     def _load_smaller(
         cls,
         path: str | os.PathLike[str],
-        tokenizer: Tokenizer,
+        larger: "LLM",
         *,
         context: int,
         threads: int,
@@ -183,101 +144,127 @@ class LLM:
         smaller = cls.load(
             path, context=context, threads=threads, backend=backend, cache_type=cache_type, speculate=False
         )
-        if list(smaller.tokenizer.vocabulary.tokens) != list(tokenizer.vocabulary.tokens):
+        if list(smaller.tokenizer.vocabulary.tokens) != list(larger.tokenizer.vocabulary.tokens):
             smaller.close()
             raise RequestError(f"the model that is to guess, {path}, has another vocabulary; its guesses mean nothing")
         return smaller
 
-    def _drafters(self) -> list[Drafter]:
-        """Who guesses for a sequence."""
+    def drafters(self) -> list[Drafter]:
+        """Who guesses for a new sequence."""
         if not self._speculate:
             return []
         return [PromptLookup(), *([] if self._smaller is None else [ModelDraft(self._smaller._engine)])]
 
     @overload
-    def generate(
-        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Unpack[Options]
-    ) -> Completion: ...
+    def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Completion: ...
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Unpack[Options]
+        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[Options]
     ) -> Iterator[CompletionChunk]: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
     def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Iterable[str] = (),
-        mask: TokenMask | None = None,
-        ignore_eos: bool = False,
-        stream: bool = False,
-    ) -> Completion | Iterator[CompletionChunk]:
-        """Continue a prompt.
+        self, prompt: Prompt | Sequence[Prompt], *, stream: bool = False, **options: Unpack[Options]
+    ) -> Completion | list[Completion] | Iterator[CompletionChunk]:
+        """Continue a prompt, or a list of prompts together.
 
         Args:
-            prompt: text, in which special tokens are parsed, or token ids, which are taken as they are.
-            max_tokens: generate at most this many; None for as many as the context holds.
-            temperature: 0 always takes the likeliest token; above, chance has a say.
-            top_k: only the k likeliest tokens; 0 for all.
-            top_p: of these the fewest whose probabilities sum up to this.
-            min_p: of these the ones at least this fraction as likely as the likeliest.
-            repeat_penalty: above 1 makes the last 64 tokens less likely.
-            seed: of chance; None for a new one, which the Completion tells.
-            stop: strings that end the text and are not part of it.
-            mask: constrains the tokens.
-            ignore_eos: go on where the model would end.
+            prompt: text, in which special tokens are parsed, or token ids, which are taken as they are; or a list of
+                such prompts.
             stream: give an iterator of chunks instead, as they come; closing it ends the work.
+            options: see `Options`.
 
         Raises:
             ContextError: the prompt does not fit the context.
             TokenError: an id outside the vocabulary.
+            GrammarError: the grammar cannot be used, or leads nowhere.
             RequestError: an argument makes no sense.
             KernelError: the computation failed, or gave no numbers.
         """
         self._check_open()
-        seed = secrets.randbits(64) if seed is None else seed
-        sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        ends = frozenset[int]() if ignore_eos else self.tokenizer.eog_ids
-        job = Job(ids, sampling, max_tokens=max_tokens, end_ids=ends, mask=mask, drafters=self._drafters())
-        self._engine.check(job)
-        chunks = self._chunks(job, seed, StopStrings([stop] if isinstance(stop, str) else stop))
-        if stream:
-            return chunks
-        *_, last = chunks
-        assert last.completion is not None
-        return last.completion
+        several = prompts_of(prompt)
+        if several is not None:
+            if stream:
+                raise RequestError("a list of prompts is not streamed; stream them one by one, from a thread each")
+            if options.get("mask") is not None:
+                raise RequestError("a mask is for one text, and these are several; give a grammar")
+            return self._finish([r for one in several for r in self._make(one, options)])
+        requests = self._make(prompt, options)  # type: ignore[arg-type]
+        return self._stream(requests[0]) if stream else self._finish(requests)[0]
+
+    def generate_many(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Completion]:
+        """`n` continuations of one prompt, which is computed once; their seeds are `seed`, `seed` + 1 and so on.
+
+        As many as `parallel` was given to `load` are generated together. Raises as `generate`.
+        """
+        self._check_open()
+        return self._finish(self._make(prompt, options, n))
 
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
     ) -> Completion: ...
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
     ) -> Iterator[CompletionChunk]: ...
     def chat(
-        self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
     ) -> Completion | Iterator[CompletionChunk]:
         """Answer a conversation, by the model's own chat template.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text}; special tokens in them stay text.
             stream: as for `generate`.
-            options: as for `generate`.
+            tools: what the model may call, for templates that have a place for it.
+            template_arguments: further variables of the template.
+            options: see `Options`.
 
         Raises:
             TemplateError: there is no template, or it fails.
             PhiquantError: as `generate`.
         """
-        ids = chat.encode(self.tokenizer, messages)
+        ids = self.requests.chat_ids(messages, tools, template_arguments)
         return self.generate(ids, stream=True, **options) if stream else self.generate(ids, **options)
+
+    def embed(self, inputs: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean") -> Embeddings:
+        """What texts mean to the model: its hidden states after the last norm.
+
+        Args:
+            inputs: a text or token ids, or a list of these.
+            pooling: "mean" of all tokens, "last" token, or "none" for a vector for each token.
+
+        Raises:
+            TokenError, ContextError, RequestError: an input or the pooling cannot be served.
+        """
+        self._check_open()
+        texts = prompts_of(inputs)
+        found = [pooled(self.requests.ids(text), pooling) for text in ([inputs] if texts is None else texts)]  # type: ignore[arg-type]
+        self.engine.submit(*(one.job for one in found))
+        try:
+            for one in found:
+                self.engine.advance(one.job, one.job.prompt_length)
+        finally:
+            self.engine.cancel(*(one.job for one in found))
+        return embeddings(found)
 
     def tokenize(self, text: str, special: bool = True, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text; `special` parses special tokens in it, `add_bos` None does as the file says."""
@@ -295,11 +282,11 @@ class LLM:
         """
         self._check_open()
         job = Job(ids, None)
-        self._engine.submit(job)
+        self.engine.submit(job)
         try:
-            self._engine.advance(job, len(job.ids))
+            self.engine.advance(job, len(job.ids))
         finally:
-            self._engine.cancel(job)
+            self.engine.cancel(job)
         assert job.logits is not None
         return job.logits
 
@@ -314,52 +301,62 @@ class LLM:
         """
         self._check_open()
         blocks: deque[tuple[int, int, NDArray[np.float32]]] = deque()
+        waiting, running = enumerate(sequences), dict[int, Job]()
 
         def sink(index: int, position: int, rows: NDArray[np.float32]) -> None:
+            running[index].hold = True  # until these have been taken
             blocks.append((index, position, rows.copy()))  # the next step, which may be another thread's, overwrites it
 
-        waiting, running = enumerate(sequences), list[Job]()
         try:
             while True:
-                while len(running) < self._engine.parallel:
+                while len(running) < self.engine.parallel:
                     index, ids = next(waiting, (-1, ()))
                     if index < 0:
                         break
-                    running.append(Job(ids, None, sink=partial(sink, index), first=first))
-                    self._engine.submit(running[-1])
+                    running[index] = Job(ids, None, sink=partial(sink, index), first=first)
+                    self.engine.submit(running[index])
                 if not running:
                     return
-                self._engine.step(running[0])
-                running = [job for job in running if job.finish is None]
+                for job in running.values():
+                    job.hold = False
+                self.engine.step(next(iter(running.values())))
                 while blocks:
                     yield blocks.popleft()
+                running = {index: job for index, job in running.items() if job.finish is None}
         finally:
-            for job in running:
-                self._engine.cancel(job)
+            self.engine.cancel(*running.values())
 
     @property
     def threads(self) -> int:
         """Threads that compute."""
-        return self._engine.threads
+        return self.engine.threads
+
+    @property
+    def parallel(self) -> int:
+        """Most sequences of a step."""
+        return self.engine.parallel
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the model's tensors in the file."""
-        return sum(tensor.nbytes for tensor in self._gguf.tensors.values())
+        return sum(tensor.nbytes for tensor in self._loaded.gguf.tensors.values())
 
     @property
     def parameter_count(self) -> int:
         """Numbers in the model's tensors."""
-        return sum(math.prod(tensor.shape) for tensor in self._gguf.tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in self._loaded.gguf.tensors.values())
+
+    def stats(self) -> Stats:
+        """What the engine is doing and has done."""
+        return self.engine.stats()
 
     def close(self) -> None:
         """Free threads and memory, and unmap the file; work that goes on elsewhere fails."""
         if not self._closed:
             self._closed = True
-            self._engine.close()
+            self._loaded.close()
             if self._smaller is not None:
                 self._smaller.close()
-            self._gguf.close()
 
     def __enter__(self) -> Self:
         return self
@@ -376,44 +373,42 @@ class LLM:
         if self._closed:
             raise RequestError("the model is closed; load it again")
 
-    def _chunks(self, job: Job, seed: int, stops: StopStrings) -> Iterator[CompletionChunk]:
-        """Submit the job and turn its tokens into text as they come."""
-        stream = self.tokenizer.stream(continuation=self.tokenizer.continues(job.ids))
-        pieces: list[str] = []
-        used = job.prompt_length  # tokens that became text; a step that guessed right may have brought more
-        begin = first = time.perf_counter()
-        self._engine.submit(job)
+    def _make(self, prompt: Prompt, options: Options, count: int = 1) -> list[Request]:
+        """Requests that can be computed."""
+        found = self.requests.make(prompt, options, count=count, drafters=self.drafters)
+        for request in found:
+            self.engine.check(request.job)
+        return found
+
+    def _stream(self, request: Request) -> Iterator[CompletionChunk]:
+        """Submit a request and give its text as it comes."""
+        self.engine.submit(request.job)
         try:
-            done = False
-            while not done:
-                if used == len(job.ids):
-                    self._engine.advance(job, used)
-                    if used == job.prompt_length:
-                        first = time.perf_counter()
-                new = tuple(job.ids[used : used + 1])
-                used += len(new)
-                text, done = stops.push("".join(map(stream.push, new)))
-                if job.finish is not None and used == len(job.ids) and not done:
-                    rest, done = stops.push(stream.finish())
-                    text += rest if done else rest + stops.finish()
-                    done = True
-                pieces.append(text)
-                if not done:
-                    yield CompletionChunk(text, new)
+            while request.completion is None:
+                chunk = request.pull()
+                if chunk is None:
+                    self.engine.advance(request.job, request.seen)
+                elif chunk.completion is None:
+                    yield chunk
         finally:
-            self._engine.cancel(job)
-        finish: Finish = "stop" if stops.stopped is not None else job.finish or "cancelled"
-        ids = tuple(job.ids[job.prompt_length : used])
-        count, fresh = len(ids), job.prompt_length - job.shared
-        usage = Usage(job.prompt_length, job.shared, count)
-        prompt_seconds, decode_seconds = first - begin, time.perf_counter() - first
-        timings = Timings(
-            prompt_seconds,
-            decode_seconds,
-            fresh / max(prompt_seconds, 1e-9),
-            (count - 1) / max(decode_seconds, 1e-9),
-            job.drafted,
-            job.accepted,
-        )
-        whole = Completion("".join(pieces), ids, finish, usage, timings, seed)
-        yield CompletionChunk(text, new, whole)
+            self.engine.cancel(request.job)
+        assert chunk is not None
+        yield chunk
+
+    def _finish(self, requests: Sequence[Request]) -> list[Completion]:
+        """Submit requests and work until all of them have ended."""
+        jobs = [request.job for request in requests]
+        self.engine.submit(*jobs)
+        try:
+            left = list(requests)
+            while left:
+                self.engine.advance(left[0].job, left[0].seen)
+                for request in left:
+                    while request.pull() is not None:
+                        pass
+                    if request.completion is not None:
+                        self.engine.cancel(request.job)
+                left = [request for request in left if request.completion is None]
+        finally:
+            self.engine.cancel(*jobs)
+        return [request.completion for request in requests if request.completion is not None]

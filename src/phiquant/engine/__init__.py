@@ -7,6 +7,7 @@ from phiquant.engine.model_draft import ModelDraft
 from phiquant.engine.sampler import Sampler, TokenMask, sample
 from phiquant.engine.sampling import CHAIN, Breaker, Sampling, parse_chain
 from phiquant.engine.sequence import Finish, Sequence
+from phiquant.engine.stats import Stats
 
 __all__ = [
     "CHAIN",
@@ -19,6 +20,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "Sequence",
+    "Stats",
     "TokenLogprob",
     "TokenMask",
     "parse_chain",

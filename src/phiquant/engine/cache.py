@@ -58,6 +58,11 @@ class PageCache:
         """Pages that `grow` could still hand out."""
         return len(self._empty) + len(self._idle)
 
+    @property
+    def known(self) -> int:
+        """Pages without a user that still hold what was computed."""
+        return len(self._idle)
+
     def adopt(self, ids: Sequence[int], root: bytes) -> tuple[PageTable, int]:
         """A table for a sequence of `ids`, filled with what is known of its beginning, and how many tokens that is.
 

@@ -79,7 +79,7 @@ class Odds:
 
 
 class Pace:
-    """What steps take, from those that were timed, and how many guesses pay."""
+    """What steps of one sequence take, from those that were timed, and how many guesses pay."""
 
     def __init__(self) -> None:
         self._one = self._more = 0.0  # seconds of a token alone, and of each further one in the same step

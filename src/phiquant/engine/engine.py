@@ -1,23 +1,29 @@
 """The engine: sequences in, tokens out.
 
-There is no thread of its own. Whoever waits for a sequence drives the step that all running sequences share, so that
-one caller pays for no hand-over and several callers are batched (`advance`).
+All sequences share the steps. Somebody has to compute them: the thread that `start` makes, for callers that do not wait
+themselves; or else whoever waits for a sequence (`advance`), so that a single caller pays for no hand-over, and several
+are batched nonetheless.
+
+Sequences come and go from any thread at any time (`submit`, `cancel`): they are left where the next step finds them.
 """
 
 import threading
 import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageCache
 from phiquant.engine.draft import LONGEST, Pace
-from phiquant.engine.logprobs import token_logprob
 from phiquant.engine.runner import Runner
-from phiquant.engine.sampler import Sampler
 from phiquant.engine.scheduler import Chunk, Scheduler
 from phiquant.engine.sequence import Sequence
-from phiquant.errors import ContextError, PhiquantError, RequestError, TokenError
+from phiquant.engine.speed import Speed
+from phiquant.engine.stats import Stats
+from phiquant.engine.taking import take
+from phiquant.errors import ContextError, KernelError, PhiquantError, QueueFull, RequestError, TokenError
 from phiquant.kernels.ops import Executable
 from phiquant.model import Rope
 
@@ -44,8 +50,16 @@ class Engine:
         self._cache = PageCache(capacity.pages, capacity.page_tokens, executable.copy_page)
         self._scheduler = Scheduler(capacity, self._cache, rope)
         self._runner = Runner(executable, rope)
-        self._rope, self._pace = rope, Pace()
-        self._lock = threading.Lock()
+        self._rope, self._pace, self._speed = rope, Pace(), Speed()
+        self._counts, self._busy = Counter[str](), 0.0
+        self._lock = threading.Lock()  # of a step, and of all that steps change
+        self._door = threading.Lock()  # of the queue's length, and of the thread
+        self._arrivals, self._departures = deque[Sequence](), deque[Sequence]()
+        self._followers = set[Sequence]()  # those that somebody waits for
+        self._work_came = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._users = 0  # who want the thread
+        self._closed = False
 
     @property
     def threads(self) -> int:
@@ -70,65 +84,270 @@ class Engine:
                 "shorten it, or load the model with a larger context"
             )
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence; TokenError or ContextError as `check`."""
-        self.check(sequence)
-        if sequence.wants_all_logits and sequence.sink is None:
-            sequence.logits = np.empty((len(sequence.ids), self._executable.program.vocab_size), np.float32)
-        with self._lock:
-            self._scheduler.add(sequence)
+    def submit(self, *sequences: Sequence, queue: int | None = None) -> None:
+        """Queue sequences, all or none, without waiting for a step.
+
+        Raises:
+            TokenError, ContextError: as `check`.
+            QueueFull: more than `queue` sequences would wait for a place.
+            RequestError: the engine was closed.
+        """
+        for sequence in sequences:
+            self.check(sequence)
+            if sequence.wants_all_logits and sequence.sink is None:
+                sequence.logits = np.empty((len(sequence.ids), self._executable.program.vocab_size), np.float32)
+        with self._door:
+            if self._closed:
+                raise _closed()
+            free = self.parallel - len(self._scheduler.running)
+            if queue is not None and self.waiting + len(sequences) > queue + free:
+                seconds = self._speed.retry_after(self.parallel)
+                raise QueueFull(f"{self.waiting} requests wait already; try again in {seconds:.0f} s", seconds)
+            for sequence in sequences:
+                sequence.submitted = time.perf_counter()
+                self._arrivals.append(sequence)
+        self._work_came.set()
+
+    def cancel(self, *sequences: Sequence) -> None:
+        """Forget sequences, whatever their state, without waiting for a step; those that ended stay as they ended."""
+        for sequence in sequences:
+            if not sequence.ended:
+                sequence.cancelled = True
+                self._departures.append(sequence)
+        self._work_came.set()
+        if self._departures and self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._release()
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a place, those included that no step has seen."""
+        return len(self._arrivals) + len(self._scheduler.waiting)
+
+    def stats(self) -> Stats:
+        """Numbers of this moment; a step that is running may be half in them."""
+        capacity, counts = self._executable.capacity, self._counts
+        return Stats(
+            running=len(self._scheduler.running),
+            waiting=self.waiting,
+            parallel=capacity.sequences,
+            pages_used=capacity.pages - self._cache.available,
+            pages_known=self._cache.known,
+            pages_total=capacity.pages,
+            page_tokens=capacity.page_tokens,
+            steps=counts["steps"],
+            busy_seconds=self._busy,
+            prompt_tokens=counts["prompt"],
+            cached_tokens=counts["shared"],
+            generated_tokens=counts["generated"],
+            drafted_tokens=counts["drafted"],
+            accepted_tokens=counts["accepted"],
+            finished=counts["finished"],
+            cancelled=counts["cancelled"],
+            failed=counts["failed"],
+            preempted=self._scheduler.preempted,
+        )
+
+    # Who computes.
 
     def advance(self, sequence: Sequence, seen: int) -> None:
-        """Work until the sequence has more than `seen` tokens or has ended. Raises what went wrong with it."""
-        while sequence.finish is None and sequence.error is None and len(sequence.ids) <= seen:
-            with self._lock:
-                if sequence.finish is None and sequence.error is None and len(sequence.ids) <= seen:
-                    self._step()
-        if sequence.error is not None:
-            raise sequence.error
+        """Work, or wait for whoever does, until the sequence has more than `seen` tokens or has ended.
+
+        Raises what went wrong with it.
+        """
+        self._drive(sequence, lambda: sequence.shown > seen)
 
     def step(self, sequence: Sequence) -> None:
-        """One step, unless the sequence has ended. Raises what went wrong with it."""
-        with self._lock:
-            if sequence.finish is None and sequence.error is None:
-                self._step()
+        """The same for one step with this sequence in it."""
+        before = sequence.computed, sequence.shown
+        self._drive(sequence, lambda: (sequence.computed, sequence.shown) != before)
+
+    def _drive(self, sequence: Sequence, done: Callable[[], bool]) -> None:
+        self._followers.add(sequence)
+        try:
+            while not sequence.ended and not done():
+                sequence.changed.clear()
+                if self._thread is None and self._lock.acquire(blocking=False):
+                    try:
+                        if not (sequence.ended or done() or self._step()):
+                            raise RequestError("the engine was asked to go on with a sequence that it does not know")
+                    finally:
+                        self._release()
+                elif not (sequence.ended or done()):
+                    self._work_came.set()
+                    sequence.changed.wait()
+        finally:
+            self._followers.discard(sequence)
         if sequence.error is not None:
             raise sequence.error
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Forget a sequence, whatever its state; one that has ended stays as it ended."""
-        with self._lock:
-            self._scheduler.remove(sequence)
-            if sequence.finish is None:
-                sequence.finish = "cancelled"
+    def start(self) -> None:
+        """Have a thread compute, until `stop` has been called as often as this."""
+        with self._door:
+            if self._closed:
+                raise _closed()
+            self._users += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="phiquant-engine", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """See `start`; sequences that are left go on only if somebody waits for them."""
+        with self._door:
+            self._users = max(0, self._users - 1)
+            thread = self._thread if self._users == 0 else None
+            if thread is not None:
+                self._thread = None
+        if thread is not None:
+            self._work_came.set()
+            if thread is not threading.current_thread():
+                thread.join()
+            self._hand_over()
+
+    def _loop(self) -> None:
+        me = threading.current_thread()
+        while self._thread is me and not self._closed:
+            self._work_came.clear()
+            try:
+                if self.work():
+                    continue
+            except Exception as error:  # nothing that a sequence is to blame for, so none of them can be trusted
+                with self._lock:
+                    self._fail([*self._scheduler.running, *self._scheduler.waiting], error)
+                continue
+            if self._thread is me and not self._closed:
+                self._work_came.wait()
+
+    def work(self) -> bool:
+        """Compute one step, if there is anything to do; returns whether there was."""
+        self._lock.acquire()
+        try:
+            return self._step()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Let others work; those that wait for somebody to work are told that nobody does."""
+        self._lock.release()
+        if self._thread is None:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        for sequence in self._followers.copy():
+            sequence.changed.set()
 
     def close(self) -> None:
-        """End the running step and free the processor's memory and threads."""
+        """End the running step and the thread, and free the processor's memory and threads."""
+        with self._door:
+            self._closed = True
+            thread, self._thread = self._thread, None
         self._executable.cancel()
+        self._work_came.set()
         with self._lock:
-            for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-                sequence.error = RequestError("the model was closed while it worked")
-                self._scheduler.remove(sequence)
+            self._settle()
+            self._fail([*self._scheduler.running, *self._scheduler.waiting], _closed())
             self._executable.close()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._hand_over()
 
-    def _step(self) -> None:
+    # What a step is. All of it happens under the lock.
+
+    def _settle(self) -> None:
+        """Take in who came and let go who was cancelled."""
+        while self._arrivals:
+            self._scheduler.add(self._arrivals.popleft())
+        while self._departures:
+            sequence = self._departures.popleft()
+            if not sequence.ended:
+                sequence.finish = "cancelled"
+                self._end(sequence)
+                self._tell(sequence)
+
+    def _step(self) -> bool:
         """Every sequence is consistent if this is interrupted anywhere: what is not recorded is computed again."""
-        self._speculate()
-        chunks = self._scheduler.plan()
-        if not chunks:
-            raise RequestError("the engine was asked to go on with a sequence that it does not know")
+        self._settle()
+        chunks: list[Chunk] = []
         begin = time.perf_counter()
-        results = self._runner.run(chunks)
-        if len(chunks) == 1 and chunks[0].sequence.generated:
-            self._pace.timed(chunks[0].stop - chunks[0].start, time.perf_counter() - begin)
-        for chunk, logits in zip(chunks, results, strict=True):
+        try:
+            if not self._scheduler.busy or self._closed:
+                return False
+            self._speculate()
+            chunks = self._scheduler.plan(self._speed.room)
+            if not chunks:
+                raise KernelError("no sequence can go on; this is a mistake in the scheduler")
+            begin = time.perf_counter()
+            results = self._runner.run(chunks)
+        except Exception as error:
+            involved = [chunk.sequence for chunk in chunks] or [*self._scheduler.running, *self._scheduler.waiting]
+            self._fail(involved, _closed() if self._closed else error)
+            return True
+        now = time.perf_counter()
+        self._timed(chunks, now - begin)
+        for chunk, rows in zip(chunks, results, strict=True):
+            self._take(chunk, rows, now)
+        self._settle()
+        return True
+
+    def _take(self, chunk: Chunk, rows: NDArray[np.float32], now: float) -> None:
+        sequence, length = chunk.sequence, len(chunk.sequence.ids)
+        if not sequence.cancelled:
             try:
-                self._take(chunk, logits)
-            except PhiquantError as error:
-                chunk.sequence.error = error
-            self._scheduler.computed(chunk)
-            if chunk.sequence.finish is not None or chunk.sequence.error is not None:
-                self._scheduler.remove(chunk.sequence)
+                take(chunk, rows, context=self.context, unused=self._unused)
+            except Exception as error:
+                sequence.error = error
+        if len(sequence.ids) > length:
+            sequence.first_token, sequence.last_token = sequence.first_token or now, now
+            self._counts["generated"] += len(sequence.ids) - length
+        sequence.shown = len(sequence.ids)
+        self._scheduler.computed(chunk)
+        if sequence.ended:
+            self._end(sequence)
+        self._tell(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """It has ended: pages and place are free."""
+        self._scheduler.remove(sequence)
+        how = "failed" if sequence.error else "cancelled" if sequence.finish == "cancelled" else "finished"
+        self._counts[how] += 1
+        self._counts["prompt"] += sequence.prompt_length
+        self._counts["shared"] += sequence.shared
+        self._counts["drafted"] += sequence.drafted
+        self._counts["accepted"] += sequence.accepted
+        if sequence.begun:
+            self._speed.ended(time.perf_counter() - sequence.begun)
+
+    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        """Each gets an error of its own: one that several threads raise would gather their tracebacks."""
+        for sequence in sequences:
+            if isinstance(error, PhiquantError):
+                sequence.error = type(error)(*error.args)
+            else:
+                sequence.error = KernelError(f"the step failed: {type(error).__name__}: {error}")
+            sequence.error.__cause__ = error.__cause__ or error
+            self._end(sequence)
+            self._tell(sequence)
+
+    def _tell(self, sequence: Sequence) -> None:
+        if sequence.listener is not None:
+            try:
+                sequence.listener(sequence)
+            except Exception as error:
+                if not sequence.ended:
+                    sequence.error = error
+                    self._end(sequence)
+        sequence.changed.set()
+
+    def _timed(self, chunks: list[Chunk], seconds: float) -> None:
+        generating = sum(chunk.generates for chunk in chunks)
+        prompt = sum(chunk.stop - chunk.start for chunk in chunks if not chunk.generates)
+        self._speed.stepped(generating, prompt, seconds)
+        if len(chunks) == 1 and chunks[0].sequence.generated:
+            self._pace.timed(chunks[0].stop - chunks[0].start, seconds)
+        self._counts["steps"] += 1
+        self._busy += seconds
 
     def _speculate(self) -> None:
         """Let a sequence that has the step to itself guess what comes."""
@@ -154,43 +373,6 @@ class Engine:
                 sequence.odds = odds
                 return
 
-    def _take(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
-        """Keep the logits, or sample the next token of the sequence, and more as long as they were guessed."""
-        sequence, sampler = chunk.sequence, chunk.sequence.sampler
-        if sampler is None:
-            if sequence.sink is not None:
-                if len(logits):
-                    sequence.sink(chunk.outputs.start, logits)
-            elif sequence.logits is not None:
-                sequence.logits[chunk.outputs.start : chunk.stop] = logits
-            if chunk.stop == len(sequence.ids):
-                sequence.finish = "stop"
-            return
-        right = 0
-        for row in logits:
-            token = self._next(sequence, sampler, row)
-            if sequence.finish is not None or right == len(chunk.draft) or token != chunk.draft[right]:
-                break
-            right += 1
-        if chunk.draft and sequence.odds is not None:
-            sequence.odds.drafted(len(chunk.draft), right)
-            sequence.drafted += len(chunk.draft)
-            sequence.accepted += right
 
-    def _next(self, sequence: Sequence, sampler: Sampler, logits: NDArray[np.float32]) -> int:
-        """Append the next token, and see whether it is the last."""
-        allowed = None if sequence.mask is None else sequence.mask.allowed()
-        banned = None
-        if len(sequence.generated) < sampler.sampling.min_tokens:
-            banned = np.array(sorted(sequence.end_ids), np.int64)
-        token = sampler.choose(logits, sequence.ids, unused=self._unused, allowed=allowed, banned=banned)
-        if sequence.logprobs is not None:
-            sequence.found.append(token_logprob(logits, token, sequence.logprobs))
-        if sequence.mask is not None:
-            sequence.mask.accept(token)
-        sequence.ids.append(token)
-        if token in sequence.end_ids:
-            sequence.finish = "stop"
-        elif len(sequence.generated) == sequence.max_tokens or len(sequence.ids) >= self.context:
-            sequence.finish = "length"
-        return token
+def _closed() -> RequestError:
+    return RequestError("the model was closed while it worked")

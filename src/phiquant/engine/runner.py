@@ -17,10 +17,10 @@ class Runner:
         self._executable, self._rope = executable, rope
 
     def run(self, chunks: list[Chunk]) -> list[NDArray[np.float32]]:
-        """Logits [wanted outputs, vocabulary] of each chunk; valid until the next run."""
-        logits = self._executable.run(self._step(chunks))
+        """Rows [wanted outputs, vocabulary, or width of hidden states] of each chunk; valid until the next run."""
+        rows = self._executable.run(self._step(chunks))
         ends = np.cumsum([len(chunk.outputs) for chunk in chunks])
-        return np.split(logits, ends[:-1])
+        return np.split(rows, ends[:-1])
 
     def _step(self, chunks: list[Chunk]) -> Step:
         positions = [np.arange(chunk.start, chunk.stop, dtype=np.int32) for chunk in chunks]
@@ -42,4 +42,5 @@ class Runner:
             cos=np.concatenate([cos for cos, _ in rotations]),
             sin=np.concatenate([sin for _, sin in rotations]),
             outputs=np.concatenate(outputs).astype(np.int32),
+            hidden=chunks[0].sequence.hidden,
         )

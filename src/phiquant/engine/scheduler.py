@@ -1,11 +1,20 @@
 """Who computes what in the next step.
 
 Continuous batching with one path for all: a sequence that is generating has one token to compute, a new one has its
-prompt, one that lost its pages has everything again. Sequences keep the order in which they came.
+prompt, one that lost its pages has everything again. Sequences have places in the order in which they came.
+
+    places     a sequence gets one when there is one and pages for what it has; or when it would be the only one
+    a step     first a token for everybody who is generating, then prompts: short ones in half of the room at most,
+               then in order; one that begins as an older one does waits for that one's pages
+    pages      run out: the youngest gives its own up and computes them again later
 """
 
+from bisect import insort
 from collections import deque
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from itertools import chain
+from time import perf_counter
 
 from phiquant.engine.cache import PageCache
 from phiquant.engine.sequence import Sequence
@@ -32,25 +41,42 @@ class Chunk:
 
     @property
     def outputs(self) -> range:
-        """Positions whose logits are wanted: all from the first that is, or the last one if the sequence ends here."""
+        """Positions whose rows are wanted: all from the first that is, or the last one if the sequence ends here."""
         if self.sequence.wants_all_logits:
             return range(min(max(self.start, self.sequence.first), self.stop), self.stop)
         if self.draft:
             return range(self.start, self.stop)
         return range(self.stop - 1, self.stop) if self.stop == len(self.sequence.ids) else range(0)
 
+    @property
+    def generates(self) -> bool:
+        """Whether it goes on with a text, as opposed to reading one."""
+        return bool(self.draft) or self.stop - self.start == 1
+
 
 class Scheduler:
-    """Plans steps within a capacity; sequences wait until there is a place, and give their pages up when they must."""
+    """Plans steps within a capacity; sequences wait until there is a place, and give their pages up when they must.
+
+    Attributes:
+        waiting, running: without and with a place, in order of arrival.
+        preempted: how often a sequence had to give its pages up.
+    """
 
     def __init__(self, capacity: Capacity, cache: PageCache, rope: Rope) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.preempted = 0
         self._capacity, self._cache, self._rope = capacity, cache, rope
         self._regimes: dict[Sequence, Regime] = {}
+        self._follows: dict[Sequence, tuple[Sequence, int]] = {}  # who computes a beginning of so many tokens for it
+        self._arrivals = 0
+        self._hidden = False  # what the last step gave
+        self._refused: tuple[Sequence, int] | None = None  # who got no place, and how many pages were available
 
     def add(self, sequence: Sequence) -> None:
         """At the end of the queue."""
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -61,16 +87,31 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._vacate(sequence)
 
-    def plan(self) -> list[Chunk]:
-        """The next step: whoever is generating gets a token, then prompts fill what room is left; may be empty."""
-        while self.waiting and len(self.running) < self._capacity.sequences:
-            self.running.append(self.waiting.popleft())
-            self._begin(self.running[-1])
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything that `plan` would plan."""
+        return any(not sequence.hold for sequence in chain(self.running, self.waiting))
+
+    def plan(self, room: int) -> list[Chunk]:
+        """The next step; empty if there is nothing to do.
+
+        `room`: most tokens of prompts in a step in which others generate.
+        """
+        self._admit()
         for sequence in self.running:
             self._cross_border(sequence)
+        ready = [s for s in self.running if not s.hold and not self._waits(s)]
+        if len({s.hidden for s in ready}) == 2:
+            self._hidden = not self._hidden  # a step gives either; they take turns
+            ready = [s for s in ready if s.hidden == self._hidden]
+        elif ready:
+            self._hidden = ready[0].hidden
         tokens, outputs = self._capacity.tokens, self._capacity.outputs
+        single = [s for s in ready if s.pending == 1]
+        if any(s.pending == 1 for s in self.running):
+            tokens = min(tokens, len(single) + room)
         chunks: list[Chunk] = []
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):
+        for sequence in [*single, *_in_turn([s for s in ready if s.pending > 1], tokens - len(single))]:
             if sequence not in self.running:
                 continue  # it lost its pages to an older one
             draft = sequence.draft if sequence.pending == 1 and len(self.running) == 1 else ()
@@ -96,20 +137,56 @@ class Scheduler:
             self._cache.record(sequence.table, sequence.ids, chunk.start, stop)
             sequence.computed = stop
 
+    def _admit(self) -> None:
+        """Give places to those that waited longest, unless they would take pages that others are going to need."""
+        while self.waiting and len(self.running) < self._capacity.sequences:
+            sequence = self.waiting[0]
+            if self._refused == (sequence, self._cache.available) and self.running:
+                return
+            insort(self.running, self.waiting.popleft(), key=lambda s: s.arrival)
+            self._begin(sequence)
+            assert sequence.table is not None
+            missing = len(sequence.ids) // self._cache.page_tokens + 1 - len(sequence.table.pages)
+            if missing > self._cache.available and len(self.running) > 1:
+                self.running.remove(sequence)
+                self._vacate(sequence)
+                self.waiting.appendleft(sequence)
+                self._refused = sequence, self._cache.available
+                return
+            sequence.begun = sequence.begun or perf_counter()
+
     def _begin(self, sequence: Sequence) -> None:
-        """Start with whatever the cache knows of it; where all logits are wanted, all must be computed."""
+        """Start with whatever the cache knows of it; where all rows are wanted, all must be computed."""
         regime = self._rope.regime(len(sequence.ids))
-        known = sequence.ids[:1] if sequence.wants_all_logits else sequence.ids
+        known = sequence.ids if sequence.reuse and not sequence.wants_all_logits else sequence.ids[:1]
         sequence.table, sequence.computed = self._cache.adopt(known, regime.value.encode())
         if len(sequence.ids) == sequence.prompt_length:
             sequence.shared = sequence.computed
         self._regimes[sequence] = regime
+        older = [s for s in self.running[: self.running.index(sequence)] if not s.wants_all_logits]
+        found = [(_common(s.ids, known[:-1]), -s.arrival, s) for s in older if self._regimes[s] is regime]
+        if found:
+            length, _, leader = max(found)
+            if leader.computed < length and length - sequence.computed >= self._cache.page_tokens:
+                self._follows[sequence] = leader, length
+
+    def _waits(self, sequence: Sequence) -> bool:
+        """Whether an older sequence is computing what this one begins with; when it has, that is taken over."""
+        if sequence not in self._follows:
+            return False
+        leader, length = self._follows[sequence]
+        if self._regimes.get(leader) is self._regimes[sequence] and sequence.computed <= leader.computed < length:
+            return True
+        self._vacate(sequence)
+        self._begin(sequence)
+        return sequence in self._follows
 
     def _vacate(self, sequence: Sequence) -> None:
         if sequence.table is not None:
             self._cache.release(sequence.table)
         sequence.table, sequence.computed = None, 0
         self._regimes.pop(sequence, None)
+        self._follows.pop(sequence, None)
 
     def _cross_border(self, sequence: Sequence) -> None:
         """A sequence that has outgrown the short factors begins again with the long ones: all its keys have changed."""
@@ -133,4 +210,28 @@ class Scheduler:
             self.running.remove(victim)
             self._vacate(victim)
             self.waiting.appendleft(victim)
+            self.preempted += 1
         return True
+
+
+def _in_turn(prompts: list[Sequence], room: int) -> list[Sequence]:
+    """Those that need little before those that came before them, as long as they leave half of the room."""
+    short, left = list[Sequence](), room // 2
+    for sequence in sorted(prompts, key=lambda s: s.pending):
+        if sequence.pending > left:
+            break
+        short.append(sequence)
+        left -= sequence.pending
+    return short + [s for s in prompts if s not in short]
+
+
+def _common(a: Ids[int], b: Ids[int]) -> int:
+    """Length of the longest beginning that both have."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -22,6 +22,11 @@ class StopStrings:
         self._held = ""
         self.stopped: str | None = None  # the stop string that was found
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a stop string at all."""
+        return bool(self._stops)
+
     def push(self, text: str) -> tuple[str, bool]:
         """What may be shown once `text` has come, and whether a stop string was found; after one, nothing comes out."""
         if self.stopped is not None:

@@ -328,6 +328,7 @@ class CpuExecutable:
         self._team = Team(made.threads)
         self._header, self._tables, self._cache = made.header, made.tables, made.cache
         self._logits = made.regions[id(made.program.logits)].array
+        self._hidden = made.regions[id(made.program.hidden)].array if made.program.hidden else self._logits
         self._keep = made
         natives: list[NativeOp] = []
         costs: list[_Cost] = []
@@ -347,6 +348,9 @@ class CpuExecutable:
             costs += _cost(op, len(bound), made.program.routes)
             self._segments.append(range(start, len(natives)))
         self._native = native_program(natives)
+        # Hidden states are there before the last operation, which makes logits of them and does nothing else on the way.
+        last = made.bound[-1] if made.bound else []
+        self._before_logits = len(natives) - (0 if isinstance(last, Embedding) else len(last))
         self._bytes = np.array([c.nbytes for c in costs], np.float64)
         self._products = np.array([c.products for c in costs], np.float64)
         self._spared = np.array([c.spared for c in costs], np.float64)
@@ -358,7 +362,7 @@ class CpuExecutable:
         return self._team.threads
 
     def run(self, step: ops.Step) -> NDArray[np.float32]:
-        """Execute; the logits [outputs, vocabulary], valid until the next run.
+        """Execute; the logits [outputs, vocabulary], or hidden states [outputs, width], valid until the next run.
 
         Raises:
             TokenError, ContextError: the step reaches beyond vocabulary, cache or capacity.
@@ -368,7 +372,8 @@ class CpuExecutable:
         n, m = len(step.tokens), len(step.outputs)
         with self._team.step():
             tiles, tile_costs = self._load(step)
-            for part in self._parts(n, m, tiles, tile_costs):
+            stop = self._before_logits if step.hidden else len(self._native)
+            for part in self._parts(n, m, tiles, tile_costs, stop):
                 if isinstance(part, Embedding):
                     part.run(n)
                     continue
@@ -376,7 +381,7 @@ class CpuExecutable:
                 self._header.set("first_tile", first)
                 self._header.set("last_tile", last)
                 self._team.run(self._native[operations.start : operations.stop])
-        return self._logits[:m]
+        return self._hidden[:m] if step.hidden else self._logits[:m]
 
     def _load(self, step: ops.Step) -> tuple[int, NDArray[np.int64]]:
         """Copy the arrays of a step to where the kernels look for them."""
@@ -397,9 +402,12 @@ class CpuExecutable:
         return made
 
     def _parts(
-        self, n: int, m: int, tiles: int, tile_costs: NDArray[np.int64]
+        self, n: int, m: int, tiles: int, tile_costs: NDArray[np.int64], stop: int
     ) -> Iterator[Embedding | tuple[range, int, int]]:
-        """The step in native calls that each take about `_PART_SECONDS`, as far as operations can be divided."""
+        """The step in native calls that each take about `_PART_SECONDS`, as far as operations can be divided.
+
+        It ends before native operation `stop`.
+        """
         shape, speed = self.program.attention, _PRODUCTS_PER_SECOND * self.threads
         rows = np.where(self._of_outputs, m, n)
         nbytes = self._bytes * (1 - self._spared**rows)
@@ -416,6 +424,7 @@ class CpuExecutable:
             if isinstance(segment, Embedding):
                 yield segment
                 continue
+            segment = range(segment.start, min(segment.stop, stop))
             start, spent = segment.start, 0.0
             for i in segment:
                 if i > start and (i in alone or spent + costs[i] > _PART_SECONDS):
@@ -434,6 +443,21 @@ class CpuExecutable:
         """Copy a page of the cache, all layers."""
         with self._team.step():
             self._cache.copy_page(source, target)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the cache, all layers."""
+        return len(self._cache.layers) * self._cache.page_bytes
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """A copy of a page's bytes, layer by layer."""
+        with self._team.step():
+            return self._cache.read_page(page)
+
+    def write_page(self, page: int, data: NDArray[np.uint8]) -> None:
+        """Put such bytes back. KernelError if they do not fit."""
+        with self._team.step():
+            self._cache.write_page(page, data)
 
     def cancel(self) -> None:
         """From any thread: end the running step early; its `run` raises KernelError."""

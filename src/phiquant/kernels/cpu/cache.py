@@ -51,6 +51,23 @@ class KVCache:
             pages = layer.reshape(self.pages, self.page_bytes)
             pages[target] = pages[source]
 
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """A copy of a page's bytes, layer by layer. Errors: KernelError if there is no such page."""
+        return np.concatenate([layer[self._place(page)] for layer in self.layers])
+
+    def write_page(self, page: int, data: NDArray[np.uint8]) -> None:
+        """Put such bytes back. Errors: KernelError if there is no such page, or they do not fit."""
+        size = len(self.layers) * self.page_bytes
+        if data.shape != (size,) or data.dtype != np.uint8:
+            raise KernelError(f"a page has {size} bytes, not {data.nbytes}")
+        for layer, part in zip(self.layers, data.reshape(len(self.layers), -1), strict=True):
+            layer[self._place(page)] = part
+
+    def _place(self, page: int) -> slice:
+        if not 0 <= page < self.pages:
+            raise KernelError(f"page {page} is outside the cache of {self.pages} pages")
+        return slice(page * self.page_bytes, (page + 1) * self.page_bytes)
+
 
 @dataclass(frozen=True, eq=False)
 class StepTables:

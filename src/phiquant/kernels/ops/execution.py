@@ -63,7 +63,8 @@ class Step:
         slots: int32 [n], row of `pages` of each token's sequence; tokens of one sequence are adjacent.
         pages: int32 [s, p], page numbers; position i of a sequence is in page pages[slot, i // page_tokens].
         cos, sin: float32 [n, rotary // 2], of each token's rotation, attention factor included.
-        outputs: int32 [m], indices of the tokens whose logits are wanted.
+        outputs: int32 [m], indices of the tokens whose rows are wanted.
+        hidden: the rows that are wanted are those of `Program.hidden`; the step ends before logits are made of them.
     """
 
     tokens: NDArray[np.int32]
@@ -73,6 +74,7 @@ class Step:
     cos: NDArray[np.float32]
     sin: NDArray[np.float32]
     outputs: NDArray[np.int32]
+    hidden: bool = False
 
     def check(self, program: Program, capacity: Capacity) -> None:
         """Refuse whatever would make a kernel reach outside a buffer.
@@ -109,6 +111,8 @@ class Step:
             raise ContextError("a position lies beyond the pages of its sequence")
         if self.pages.min() < 0 or self.pages.max() >= capacity.pages:
             raise ContextError("a page number lies outside the cache")
+        if self.hidden and program.hidden is None:
+            raise KernelError("the model has no hidden states to give")
         if m and (self.outputs.min() < 0 or self.outputs.max() >= n):
             raise KernelError("an output names a token that is not in the step")
 
@@ -124,10 +128,20 @@ class Executable(Protocol):
         """Threads that compute, the caller's included."""
 
     def run(self, step: Step) -> NDArray[np.float32]:
-        """Execute; the logits [outputs, vocabulary], valid until the next run."""
+        """Execute; the logits [outputs, vocabulary], or hidden states [outputs, width], valid until the next run."""
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page of the cache, all layers."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the cache, all layers."""
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """A copy of a page's bytes [page_bytes], in the backend's own order."""
+
+    def write_page(self, page: int, data: NDArray[np.uint8]) -> None:
+        """Put bytes that `read_page` gave, of an Executable like this, into a page. KernelError if they do not fit."""
 
     def cancel(self) -> None:
         """From any thread: end the running step early; its `run` raises KernelError."""

@@ -43,6 +43,7 @@ class Program:
         vocab_size: width of the logits.
         logits: the result.
         routes: experts that are chosen for a token, at most; 0 for a model without.
+        hidden: what the last operation makes logits of, the states after the last norm; None if it is no product.
     """
 
     operations: tuple[Operation, ...]
@@ -52,6 +53,7 @@ class Program:
     vocab_size: int
     logits: Buffer
     routes: int = 0
+    hidden: Buffer | None = None
 
 
 class Recorder:
@@ -155,7 +157,9 @@ class Recorder:
         if logits.rows != "outputs" or logits.whole is not None:
             raise KernelError("logits must have one row for each output")
         operations, buffers = tuple(self._operations), tuple(self._buffers)
-        return Program(operations, buffers, self._attention, self._layers, logits.width, logits, self._routes)
+        last = operations[-1] if operations else None
+        hidden = last.x if isinstance(last, MatMul) and last.out is logits and last.x.whole is None else None
+        return Program(operations, buffers, self._attention, self._layers, logits.width, logits, self._routes, hidden)
 
 
 def _alike(x: Buffer, out: Buffer, *, widths: bool = True) -> bool:

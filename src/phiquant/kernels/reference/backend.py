@@ -74,19 +74,20 @@ class ReferenceExecutable:
         self._routes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
 
     def run(self, step: ops.Step) -> Floats:
-        """Execute; the logits [outputs, vocabulary]."""
+        """Execute; the logits [outputs, vocabulary], or hidden states [outputs, width]."""
         step.check(self.program, self.capacity)
         self._cancelled.clear()
         n = len(step.tokens)
         counts = {"tokens": n, "outputs": len(step.outputs), "routes": n * self.program.routes}
         self._rows = {id(b): np.full((counts[b.rows], b.width), np.nan, np.float32) for b in self.program.buffers}
-        for operation in self.program.operations:
+        for operation in self.program.operations[: -1 if step.hidden else None]:
             if self._cancelled.is_set():
                 raise KernelError("the step was cancelled")
             self._execute[type(operation)](operation, step)
-        logits = self._rows[id(self.program.logits)]
+        wanted = self.program.hidden if step.hidden and self.program.hidden else self.program.logits
+        rows = self._rows[id(wanted)]
         self._rows, self._routes = {}, {}
-        return logits
+        return rows
 
     def _of(self, buffer: ops.Buffer) -> Floats:
         """The rows of a buffer, a view of those of the whole."""
@@ -95,6 +96,21 @@ class ReferenceExecutable:
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page of the cache, all layers."""
         self._cache[:, :, target] = self._cache[:, :, source]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the cache, all layers."""
+        return self._cache[:, :, 0].nbytes
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """A copy of a page's bytes: keys, then values, layer by layer."""
+        return self._cache[:, :, page].flatten()
+
+    def write_page(self, page: int, data: NDArray[np.uint8]) -> None:
+        """Put such bytes back. KernelError if they do not fit."""
+        if data.shape != (self.page_bytes,):
+            raise KernelError(f"a page has {self.page_bytes} bytes, not {data.size}")
+        self._cache[:, :, page] = data.reshape(self._cache[:, :, page].shape)
 
     def cancel(self) -> None:
         """From any thread: end the running step; its `run` raises KernelError."""

@@ -1,0 +1,48 @@
+"""What steps and sequences take, from those that were: how much of a prompt fits a step, and how long a queue lasts."""
+
+import math
+from typing import Final
+
+__all__ = ["LEAST", "STEP_SECONDS", "Speed"]
+
+STEP_SECONDS: Final = 0.2
+"""What a step may last while sequences are generating: whoever reads along waits no longer for the next token."""
+
+LEAST: Final = 16
+"""Prompt tokens that every step takes, a tile of the kernels; or prompts would wait for ever on a slow machine."""
+
+_WEIGHT: Final = 0.2  # of a new time in the mean of the old ones
+
+
+class Speed:
+    """Means of what was measured; none of them changes what is computed."""
+
+    def __init__(self) -> None:
+        self._generating = self._token = self._sequence = 0.0  # seconds; 0 until there is one
+
+    def stepped(self, generating: int, prompt: int, seconds: float) -> None:
+        """A step for so many sequences that were generating, with so many tokens of prompts, has taken so long."""
+        if prompt == 0:
+            self._generating = _mean(self._generating, seconds)
+        elif prompt >= LEAST:
+            base = min(self._generating, seconds / 2) if generating else 0.0
+            self._token = _mean(self._token, (seconds - base) / prompt)
+
+    def ended(self, seconds: float) -> None:
+        """A sequence had a place for so long."""
+        self._sequence = _mean(self._sequence, seconds)
+
+    @property
+    def room(self) -> int:
+        """Tokens of prompts for a step that lasts `STEP_SECONDS`."""
+        if not self._token:
+            return 4 * LEAST  # few enough to be safe, and they will tell
+        return max(LEAST, int(min((STEP_SECONDS - self._generating) / self._token, 1 << 30)))
+
+    def retry_after(self, places: int) -> float:
+        """Seconds until one of so many places is likely to be free, at least 1."""
+        return float(max(1, math.ceil(self._sequence / places)))
+
+
+def _mean(old: float, new: float) -> float:
+    return new if not old else old + (new - old) * _WEIGHT

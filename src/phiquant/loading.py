@@ -1,0 +1,114 @@
+"""From a GGUF file to an engine with the model's weights in it: the place where file, model and processor meet."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Self
+
+from phiquant import arch
+from phiquant.engine import Engine
+from phiquant.errors import RequestError
+from phiquant.gguf import GGMLType, GGUFFile, open_model
+from phiquant.kernels.cache_types import CACHE_TYPES
+from phiquant.kernels.ops import Capacity
+from phiquant.kernels.select import select
+from phiquant.model import Rope, load_weights, record
+from phiquant.text import Tokenizer
+
+__all__ = ["PAGE_TOKENS", "Loaded"]
+
+PAGE_TOKENS: Final = 64
+# Logits of a step take at most this many bytes; tokens beyond go into the next step.
+LOGITS_BYTES: Final = 1 << 27
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that is ready.
+
+    Attributes:
+        gguf: its file, which must stay open.
+        config: hyperparameters.
+        tokenizer: text to ids and back.
+        engine: computes it.
+        backend: name of the kind of processor.
+        notes: what was asked for and is not done, and what the file does not say and was assumed.
+    """
+
+    gguf: GGUFFile
+    config: arch.Config
+    tokenizer: Tokenizer
+    engine: Engine
+    backend: str
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        context: int,
+        threads: int,
+        gpu_layers: int,
+        backend: str,
+        cache_type: str,
+        cache_tokens: int,
+        batch: int,
+        parallel: int,
+        pack: bool,
+        bf16_dot: bool,
+        progress: Callable[[str], None] | None,
+    ) -> Self:
+        """Open a file and make it ready; arguments and errors as `LLM.load`."""
+        if cache_type not in CACHE_TYPES:
+            raise RequestError(f"cache_type is {cache_type!r} and must be one of {', '.join(CACHE_TYPES)}")
+        for name, value, least in (
+            ("context", context, 0),
+            ("threads", threads, 0),
+            ("cache_tokens", cache_tokens, 0),
+            ("batch", batch, 1),
+            ("parallel", parallel, 1),
+        ):
+            if value < least:
+                raise RequestError(f"{name} is {value} and must be at least {least}")
+        gguf = open_model(path)
+        try:
+            config = arch.load(gguf)
+            context = min(context or config.context_length, config.context_length)
+            pages = -(-context // PAGE_TOKENS)
+            if 0 < cache_tokens < context:
+                raise RequestError(
+                    f"cache_tokens is {cache_tokens}, less than the context of {context}; ask for more, or for a "
+                    "shorter context"
+                )
+            capacity = Capacity(
+                tokens=max(batch, parallel),
+                outputs=max(parallel, min(max(batch, parallel), LOGITS_BYTES // (4 * config.vocab_size))),
+                sequences=parallel,
+                pages=-(-cache_tokens // PAGE_TOKENS) if cache_tokens else pages * parallel,
+                page_tokens=PAGE_TOKENS,
+                pages_per_sequence=pages,
+                cache_type=CACHE_TYPES[cache_type],
+                threads=threads,
+                pack=pack,
+                bf16_dot=bf16_dot,
+            )
+            chosen = select(backend, progress)
+            executable = chosen.prepare(record(config, load_weights(gguf, config)), capacity)
+            tokenizer = Tokenizer.from_gguf(gguf)
+            unused = tokenizer.unused_ids
+            engine = Engine(executable, Rope(config.rotary), context, unused[unused < config.vocab_size])
+        except BaseException:
+            gguf.close()
+            raise
+        notes = list(config.assumptions)
+        if gpu_layers > 0:
+            notes.append("no GPU backend is installed, so all layers run on the CPU")
+        if bf16_dot and not any(tensor.type is GGMLType.BF16 for tensor in gguf.tensors.values()):
+            notes.append("dot products of BF16 change nothing, because no weight of this model is BF16")
+        return cls(gguf, config, tokenizer, engine, chosen.name, tuple(notes))
+
+    def close(self) -> None:
+        """Free threads and memory, and unmap the file."""
+        self.engine.close()
+        self.gguf.close()
