@@ -25,6 +25,7 @@ VERBS = {
     "split": "Divide a GGUF file into parts.",
     "merge": "Join the parts of a split model in one file.",
     "run": "Generate text, or chat, with a GGUF model.",
+    "serve": "Serve models over HTTP to clients of OpenAI, Anthropic, llama.cpp and Ollama.",
     "perplexity": "Measure how well a model predicts a text, alone or beside a base.",
     "certify": "Compare a file's predictions with those of transformers on its checkpoint.",
     "bench": "Measure the speed of models, beside the machine's limits and llama-bench.",

@@ -2,16 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
 from phiquant.completion import Completion, CompletionChunk, Options
 from phiquant.engine import TokenLogprob
+from phiquant.server.failures import Failure
 from phiquant.server.hosting import Loaded
 from phiquant.server.logs import Record
-from phiquant.text.tools import CallArguments, CallBegun, Content, ToolReader
+from phiquant.text.tool_reader import CallArguments, CallBegun, Content, ToolReader
 
 __all__ = ["Answer", "Call", "CallDelta", "CallStart", "End", "Event", "TextDelta", "Work", "collect", "events"]
 
@@ -25,13 +25,12 @@ class Work:
         options: of every choice.
         n: choices of each prompt. Choice k of prompt p has the index p * n + k.
         reader: makes one that finds calls of tools in a choice's text; None: there are no tools.
-        prefix: what the answer already begins with.
     """
 
     prompts: Sequence[Sequence[int]]
     options: Options
     n: int = 1
-    reader: "type[ToolReader] | Any | None" = None
+    reader: Callable[[], ToolReader] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,8 @@ async def events(loaded: Loaded, work: Work, record: Record) -> AsyncIterator[Ev
                     elif isinstance(item, CallArguments):
                         yield CallDelta(choice, item.call, item.text)
             if chunk.completion is not None:
+                if chunk.completion.finish_reason == "cancelled":
+                    raise Failure(503, "the server ended this request because it is shutting down")
                 usage = chunk.completion.usage
                 record.prompt_tokens += usage.prompt_tokens
                 record.cached_tokens += usage.cached_tokens

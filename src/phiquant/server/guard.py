@@ -82,8 +82,8 @@ class Guard:
             record.error = failure.message
             if failure.status >= 500:
                 _log.error("%s %s failed", record.method, ascii(record.path)[:200], exc_info=error)
-            if record.status:  # the answer has begun; all that is left is to break it off
-                raise
+            if record.status:  # the answer has begun; all that is left is to break it off, if it is not complete
+                return
             await _respond(answer, failure.status, body_of(failure, family_of(scope["path"])), failure.headers)
         finally:
             record.seconds = time.perf_counter() - record.begin

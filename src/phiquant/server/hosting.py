@@ -41,6 +41,7 @@ async def load(model: Model) -> Loaded:
         context=model.ctx_size,
         threads=model.threads,
         cache_type=model.cache_type,
+        cache_tokens=model.cache_tokens,
         batch=model.batch_size,
         parallel=model.parallel,
     )

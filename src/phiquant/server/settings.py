@@ -28,6 +28,7 @@ class Model:
         threads: native threads; 0 for as many as the process may use.
         batch_size: most tokens of a step.
         cache_type: of the key-value cache.
+        cache_tokens: tokens that the cache of all sequences holds; 0 for a context each.
         queue: most requests that wait.
         embeddings: whether it also gives embeddings.
     """
@@ -39,12 +40,13 @@ class Model:
     threads: int = 0
     batch_size: int = 512
     cache_type: str = "f16"
+    cache_tokens: int = 0
     queue: int = 64
     embeddings: bool = False
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, least in (("ctx_size", 0), ("parallel", 1), ("threads", 0), ("batch_size", 1), ("queue", 0)):
+        for name, least in (("ctx_size", 0), ("parallel", 1), ("threads", 0), ("batch_size", 1), ("cache_tokens", 0), ("queue", 0)):
             if getattr(self, name) < least:
                 raise RequestError(f"{_option(name)} is {getattr(self, name)} and must be at least {least}")
         if not self.name:
