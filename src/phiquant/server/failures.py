@@ -30,7 +30,7 @@ _TYPES: Final[Mapping[int, tuple[str, str, str]]] = {
 _BROKEN: Final = ("server_error", "api_error", "server_error")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Failure(Exception):  # noqa: N818 - it is what is answered, too
     """An answer that is none.
 
