@@ -18,8 +18,26 @@ DIRECT = {
     "convert": {"gguf", "quants", "arch", "text", "kernels"},
     "model": {"gguf", "quants", "arch", "kernels"},
     "engine": {"gguf", "quants", "arch", "kernels", "model"},
-    "completion": {"engine"},
-    "llm": {"gguf", "quants", "arch", "kernels", "model", "engine", "text", "completion"},
+    "completion": {"engine", "text"},
+    "loading": {"gguf", "arch", "kernels", "model", "engine", "text"},
+    "request": {"engine", "text", "completion"},
+    "embedding": {"engine", "completion"},
+    "saved_cache": {"gguf", "engine"},
+    "llm": {
+        "gguf",
+        "quants",
+        "arch",
+        "kernels",
+        "model",
+        "engine",
+        "text",
+        "completion",
+        "loading",
+        "request",
+        "embedding",
+        "saved_cache",
+    },
+    "async_llm": {"engine", "text", "completion", "request", "embedding", "llm"},
     "eval": {"llm"},
     "bench": {"kernels", "llm"},
     "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
@@ -32,13 +50,17 @@ DIRECT = {
         "convert",
         "model",
         "engine",
+        "completion",
         "llm",
         "eval",
         "bench",
         "calibrate",
     },
 }
-OUTSIDE = {"__init__": {"llm"}, "__main__": {"cli"}}  # the package's own front doors
+OUTSIDE = {
+    "__init__": {"llm", "async_llm", "completion", "engine", "text"},
+    "__main__": {"cli"},
+}  # the package's own front doors
 ORACLES = {"torch", "transformers", "gguf", "openai", "mlx_lm", "llama_cpp"}  # for tests only
 # Programs that another Python runs: the package never imports them, and they import nothing of it.
 PROGRAMS = {"eval/oracle_worker.py": {"torch", "transformers"}}

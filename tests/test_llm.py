@@ -9,14 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import phiquant
-from phiquant import LLM, Completion, errors
+from phiquant import LLM, Completion, Grammar, errors
 from phiquant.convert import convert, quantize
-from phiquant.errors import ContextError, GGUFError, KernelError, RequestError, TokenError, UnsupportedError
+from phiquant.errors import (
+    CacheError,
+    ContextError,
+    GGUFError,
+    GrammarError,
+    KernelError,
+    OutputError,
+    RequestError,
+    TokenError,
+    UnsupportedError,
+)
 from phiquant.eval.kl import divergence
 from phiquant.kernels.cpu import library
 from phiquant.kernels.cpu.target import host
+from phiquant.quants import dequantize
 
 TINY = Path(__file__).parents[1] / "models" / "phi3-tiny"
 PROMPT = "Once upon a time there was a little girl"
@@ -40,11 +52,16 @@ def llm(path: Path) -> Iterator[LLM]:
 def test_exported_names() -> None:
     assert set(phiquant.__all__) == {
         "LLM",
+        "AsyncLLM",
         "Completion",
         "CompletionChunk",
+        "Embeddings",
+        "Grammar",
         "Options",
         "PhiquantError",
+        "Stats",
         "Timings",
+        "TokenLogprob",
         "Usage",
         "__version__",
         "errors",
@@ -143,8 +160,269 @@ def test_refusals(llm: LLM) -> None:
         llm.generate(PROMPT, max_tokens=0)
     with pytest.raises(RequestError, match="top_p"):
         llm.generate(PROMPT, top_p=3)
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match="no option 'temprature'; did you mean temperature"):
         llm.generate(PROMPT, temprature=1)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="not streamed"):
+        llm.generate(["a", "b"], stream=True)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="a mask is for one text"):
+        llm.generate(["a", "b"], mask=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("max_tokens", 1.5, "max_tokens is 1.5 and must be at least 1"),
+        ("min_tokens", -1, "min_tokens is -1 and must be 0 or more"),
+        ("temperature", -1, "temperature is -1 and must be 0 or more"),
+        ("temperature", float("nan"), "temperature is nan"),
+        ("temperature", "hot", "temperature is 'hot' and must be a number"),
+        ("top_k", -1, "top_k is -1"),
+        ("typical_p", 2, "typical_p is 2 and must be from 0 to 1"),
+        ("repeat_last_n", -2, "repeat_last_n is -2 and must be -1 or more"),
+        ("mirostat", 3, "mirostat is 3 and must be 0, 1 or 2"),
+        ("seed", -1, "seed is -1 and must be from 0"),
+        ("samplers", "top_k;magic", "no sampler 'magic'; there are penalties"),
+        ("logit_bias", {40000: 1}, "logit_bias names 40000, which is no token id below 32064"),
+        ("logit_bias", {"a": 1}, "logit_bias names 'a'"),
+        ("logit_bias", {1: float("nan")}, "logit_bias of token 1 is nan"),
+        ("logit_bias", {1: float("inf")}, "logit_bias"),
+        ("logit_bias", [1], "logit_bias must be an object"),
+        ("logprobs", -1, "logprobs is -1 and must be 0 or more"),
+        ("logprobs", True, "logprobs is True"),
+        ("stop", [1], "stop must be a text or a list of texts"),
+        ("stop", "", "stop string must not be empty"),
+        ("stop", ["a"] * 300, "stop has 300 texts; 256 are the most"),
+        ("stop_ids", [40000], "stop_ids has 40000, which is no token id below 32064"),
+        ("stop_ids", 3, "stop_ids must be token ids"),
+        ("grammar", "root ::= x", "grammar is of type str and must be a Grammar"),
+        ("dry_sequence_breakers", ":", "dry_sequence_breakers must be a list of texts"),
+        ("dry_sequence_breakers", [""], "breaker has from 1 to 40 characters"),
+    ],
+)
+def test_options_that_make_no_sense(llm: LLM, option: str, value: object, told: str) -> None:
+    more = {"dry_multiplier": 0.5} if option.startswith("dry") else {}
+    with pytest.raises(RequestError, match=told):
+        llm.generate(PROMPT, **{option: value}, **more)  # type: ignore[call-overload]
+
+
+def test_options_reach_the_sampler(llm: LLM) -> None:
+    def text(**options: object) -> str:
+        return llm.generate(PROMPT, max_tokens=40, **{"temperature": 0, **options}).text  # type: ignore[call-overload]
+
+    plain = text()
+    girl = llm.tokenize(" girl", add_bos=False)[-1]
+    assert " girl" in plain
+    assert " girl" not in text(logit_bias={girl: -float("inf")})
+    assert len({plain, text(repeat_penalty=1.5), text(presence_penalty=1.5), text(frequency_penalty=2.0)}) == 4
+    assert text(repeat_penalty=1.5, repeat_last_n=2) == plain
+    assert text(dry_multiplier=2.0, dry_allowed_length=1) != plain
+    hot = {"temperature": 1.5, "seed": 1, "top_p": 1.0, "min_p": 0.0, "top_k": 0}
+    changed = [
+        {"typical_p": 0.3},
+        {"top_n_sigma": 0.5},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.02},
+        {"dynatemp_range": 1.4},
+        {"mirostat": 2, "mirostat_tau": 1.0},
+        {"mirostat": 1, "mirostat_tau": 1.0},
+        {"samplers": ""},
+        {"samplers": "top_k", "top_k": 1},
+    ]
+    texts = {text(**hot, **one) if "top_k" not in one else text(**{**hot, **one}) for one in changed}
+    assert len(texts | {text(**hot)}) >= len(changed)
+
+
+def test_breakers_keep_dry_from_seeing_a_repetition(llm: LLM) -> None:
+    prompt = "Tom saw a cat. Tom saw a"
+    options = {"max_tokens": 1, "temperature": 0, "dry_multiplier": 100.0}
+    free, without = llm.generate(prompt, **options), llm.generate(prompt, **{**options, "dry_multiplier": 0.0})  # type: ignore[call-overload]
+    broken = llm.generate(prompt, **options, dry_sequence_breakers=["a"])  # type: ignore[call-overload]
+    assert broken.text == without.text
+    assert free.text != " cat"
+
+
+def test_end_tokens_and_stop_tokens(llm: LLM) -> None:
+    comma = 29892
+    made = llm.generate(PROMPT, max_tokens=40, temperature=0, stop_ids=[comma])
+    assert (made.ids[-1], made.finish_reason, made.stop) == (comma, "stop", None)
+    assert made.text == " who had been a little girl", "the token that ends a text is no part of it"
+    later = llm.generate(PROMPT, max_tokens=40, temperature=0, stop_ids=[comma], min_tokens=10)
+    assert comma not in later.ids[:10]
+    (end,) = {*llm.tokenizer.eog_ids} & {2}
+    told = {"max_tokens": 20, "temperature": 0, "logit_bias": {end: 1000.0}}
+    assert llm.generate(PROMPT, **told).ids == (end,)  # type: ignore[call-overload]
+    assert llm.generate(PROMPT, **told).text == ""  # type: ignore[call-overload]
+    assert end not in llm.generate(PROMPT, **told, ignore_eos=True).ids  # type: ignore[call-overload]
+    assert llm.generate(PROMPT, **told, min_tokens=3).ids[3:] == (end,)  # type: ignore[call-overload]
+
+
+def test_the_stop_text_is_told(llm: LLM) -> None:
+    assert llm.generate(PROMPT, max_tokens=40, temperature=0, stop=["so pleased", "girl,"]).stop == "girl,"
+    assert llm.generate(PROMPT, max_tokens=4, temperature=0).stop is None
+
+
+def test_log_probabilities(llm: LLM) -> None:
+    chunks = list(llm.generate(PROMPT, max_tokens=6, temperature=0, logprobs=3, stream=True))
+    made = llm.generate(PROMPT, max_tokens=6, temperature=0, logprobs=3)
+    assert made.logprobs is not None
+    assert tuple(one.token for one in made.logprobs) == made.ids
+    assert tuple(one for chunk in chunks for one in chunk.logprobs or ()) == made.logprobs
+    rows = log_softmax_rows(llm.logits([*llm.tokenize(PROMPT), *made.ids])[8:])
+    for one, row in zip(made.logprobs, rows, strict=False):
+        best = np.argsort(-row)[:3]
+        assert one.logprob == pytest.approx(row[one.token], abs=1e-4)
+        assert [token for token, _ in one.top] == best.tolist()
+        assert [p for _, p in one.top] == pytest.approx(row[best], abs=1e-4)
+    assert llm.generate(PROMPT, max_tokens=2, temperature=0, logprobs=0).logprobs[0].top == ()  # type: ignore[index]
+    assert llm.generate(PROMPT, max_tokens=2, temperature=0).logprobs is None
+
+
+def log_softmax_rows(logits: np.ndarray) -> np.ndarray:
+    return np.array([log_softmax(row) for row in logits])
+
+
+def test_a_grammar_is_followed(llm: LLM) -> None:
+    made = llm.generate(PROMPT, grammar=Grammar("regex", "(yes|no), (of course|maybe)"), temperature=0)
+    assert made.text in {f"{a}, {b}" for a in ("yes", "no") for b in ("of course", "maybe")}
+    assert made.finish_reason == "stop"
+    with pytest.raises(GrammarError, match="regular expression"):
+        llm.generate(PROMPT, grammar=Grammar("regex", "("))
+
+
+def test_a_batch_and_choices(path: Path, llm: LLM) -> None:
+    prompts = [PROMPT, "The sun", "One day Tom"]
+    expected = [llm.generate(p, max_tokens=10, seed=3).text for p in prompts]
+    choices = [llm.generate(PROMPT, max_tokens=10, seed=s).text for s in (2**64 - 1, 0, 1)]
+    assert [one.text for one in llm.generate(prompts, max_tokens=10, seed=3)] == expected, "with one place, in turn"
+    with LLM.load(path, parallel=2, context=128) as two:
+        assert [one.text for one in two.generate(prompts, max_tokens=10, seed=3)] == expected
+        ids = [two.tokenize(p) for p in prompts]
+        assert [one.text for one in two.generate(ids, max_tokens=10, seed=3)] == expected
+        made = two.generate_many(PROMPT, 3, max_tokens=10, seed=2**64 - 1)
+        assert [one.text for one in made] == choices
+        assert [one.usage.cached_tokens for one in made][1:] == [8, 8]
+        stopped = two.generate(prompts, max_tokens=40, temperature=0, stop="girl,")
+        assert stopped[0].stop == "girl,"
+
+
+def test_who_does_not_want_the_cache_computes_the_prompt(llm: LLM) -> None:
+    llm.generate(PROMPT, max_tokens=1)
+    assert llm.generate(PROMPT, max_tokens=1).usage.cached_tokens == 8
+    assert llm.generate(PROMPT, max_tokens=1, cache_prompt=False).usage.cached_tokens == 0
+
+
+def test_arguments_of_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    assert llm.chat(messages, max_tokens=1, template_arguments={"colour": "blue"}).usage.prompt_tokens > 0
+    with pytest.raises(RequestError, match="template_arguments must not have 'messages'"):
+        llm.chat(messages, template_arguments={"messages": []})
+    with pytest.raises(RequestError, match="no place for tools"):
+        llm.chat(messages, tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_embeddings(path: Path, backend: str) -> None:
+    with LLM.load(path, backend=backend, context=64, batch=16) as llm:
+        texts = [PROMPT, "The sun is bright today", "Once upon a time there was a small girl"]
+        found = llm.embed(texts)
+        assert (found.vectors.shape, found.vectors.dtype) == ((3, llm.config.embedding_length), np.float32)
+        assert np.linalg.norm(found.vectors, axis=1) == pytest.approx([1] * 3, abs=1e-6)
+        assert found.usage.prompt_tokens == sum(found.tokens) == sum(len(llm.tokenize(text)) for text in texts)
+        near = found.vectors @ found.vectors.T
+        assert near[0, 2] > near[0, 1]
+        every = llm.embed(PROMPT, pooling="none").vectors
+        assert len(every) == 9
+        assert np.array_equal(llm.embed(PROMPT, pooling="last").vectors[0], every[-1])
+        assert np.array_equal(llm.embed(llm.tokenize(PROMPT)).vectors[0], found.vectors[0])
+        # what the logits are made of
+        output = llm._loaded.gguf
+        name = "output.weight" if "output.weight" in output.tensors else "token_embd.weight"
+        info = output.tensors[name]
+        logits = every @ dequantize(output.data(name), info.type, info.shape)[:1000].T
+        rows = llm.logits(llm.tokenize(PROMPT))[:, :1000]
+        scale = (rows * logits).sum(axis=1) / (logits * logits).sum(axis=1)  # the vectors have been made as long as 1
+        assert np.allclose(rows, scale[:, None] * logits, atol=1e-3)
+        assert scale.min() > 1
+        for bad, told in (([], "empty"), ("word " * 70, "64"), ([["a"]], "text or a list")):
+            with pytest.raises(RequestError, match=told):
+                llm.embed(bad)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="pooling is 'max' and must be one of mean, last, none"):
+            llm.embed(PROMPT, pooling="max")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_a_conversation_is_kept_and_gone_on_with(path: Path, tmp_path: Path, cache_type: str) -> None:
+    prompt, file = "Tom had a dog and the dog had a bone. " * 10, tmp_path / "kept.safetensors"
+    with LLM.load(path, context=512, cache_type=cache_type) as llm:
+        first = llm.generate(prompt, max_tokens=40, temperature=0)
+        ids = [*llm.tokenize(prompt), *first.ids]
+        assert llm.save_cache(file, ids) == (len(ids) - 1) // 64 * 64
+        expected = llm.generate(ids, max_tokens=20, temperature=0)
+    with LLM.load(path, context=512, cache_type=cache_type) as llm:
+        with pytest.raises(RequestError, match="nothing of these"):
+            llm.save_cache(tmp_path / "none", ids)
+        assert llm.load_cache(file) == ids
+        again = llm.generate(ids, max_tokens=20, temperature=0)
+        assert again.usage.cached_tokens == (len(ids) - 1) // 64 * 64
+        assert again.ids == expected.ids
+        assert llm.load_cache(file) == ids, "what is known already stays"
+        with pytest.raises(OutputError, match="cannot be written"):
+            llm.save_cache(tmp_path / "no" / "folder", ids)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
+    with safe_open(file, "np") as opened:
+        assert opened.get_tensor("ids").tolist() == ids
+        assert opened.get_tensor("pages").shape[0] == (len(ids) - 1) // 64
+
+
+def test_saved_caches_that_do_not_fit(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kept"
+    with LLM.load(path, context=256) as llm:
+        ids = llm.tokenize("Tom had a dog and the dog had a bone. " * 10)
+        llm.generate(ids, max_tokens=1)
+        llm.save_cache(file, ids)
+        whole = file.read_bytes()
+        header = int.from_bytes(whole[:8], "little")
+        damaged = {
+            "no saved cache": [b"", b"x" * 7, b"not a cache at all", whole[:100], b"\xff" * 8 + whole[8:], whole[8:]],
+            "is damaged": [
+                whole[:-1],
+                whole + b"x",
+                whole[: 8 + header + 4 * len(ids) + 1000]
+                + bytes([whole[8 + header + 4 * len(ids) + 1000] ^ 1])
+                + whole[8 + header + 4 * len(ids) + 1001 :],
+                whole.replace(b'"U8"', b'"I8"'),
+                whole.replace(b'"sums"', b'"sumz"'),
+                whole.replace(b'"I32", "shape": [1', b'"I32", "shape": [2'),
+            ],
+        }
+        for told, files in damaged.items():
+            for data in files:
+                (tmp_path / "damaged").write_bytes(data)
+                with pytest.raises(CacheError, match=told):
+                    llm.load_cache(tmp_path / "damaged")
+        with pytest.raises(CacheError, match="cannot be read"):
+            llm.load_cache(tmp_path / "missing")
+        assert llm.generate(ids, max_tokens=1).usage.cached_tokens == len(ids) - 1
+    with (
+        LLM.load(path, context=256, cache_type="f32") as other,
+        pytest.raises(CacheError, match="cache of F16, and this"),
+    ):
+        other.load_cache(file)
+    with LLM.load(path, context=256, backend="reference") as other, pytest.raises(CacheError, match="backend cpu"):
+        other.load_cache(file)
+    with LLM.load(path, context=64) as other, pytest.raises(ContextError):
+        other.load_cache(file)
+    quantize(path, tmp_path / "q.gguf", "Q8_0", allow_requantize=True, quiet=True)
+    with LLM.load(tmp_path / "q.gguf", context=256) as other, pytest.raises(CacheError, match="saved with the model"):
+        other.load_cache(file)
+
+
+def test_a_cache_smaller_than_all_contexts(path: Path) -> None:
+    with pytest.raises(RequestError, match="cache_tokens is 100, less than the context of 256"):
+        LLM.load(path, context=256, cache_tokens=100)
+    with LLM.load(path, context=256, cache_tokens=320, parallel=4) as llm:
+        assert llm.stats().pages_total == 5
+        made = llm.generate([PROMPT] * 4, max_tokens=150, temperature=0, ignore_eos=True)
+        assert len({one.text for one in made}) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
+from weakref import WeakSet
 
 from phiquant.completion import Completion, CompletionChunk, Embeddings, Options
-from phiquant.embedding import Pooling, embeddings, pooled
+from phiquant.embedding import Pooled, Pooling, embeddings, pooled
 from phiquant.engine import Sequence as Job
 from phiquant.engine import Stats
 from phiquant.errors import RequestError
 from phiquant.llm import LLM
-from phiquant.request import Prompt, Request
+from phiquant.request import Prompt, Request, prompts_of
 from phiquant.text import Message
 
 __all__ = ["AsyncLLM"]
@@ -56,7 +57,7 @@ class AsyncLLM:
             raise RequestError(f"queue is {queue} and must be 0 or more")
         self.llm, self._queue, self._owned = llm, queue, False
         self._engine = llm.engine
-        self._live = set[Job]()
+        self._live = WeakSet[Job]()  # a task whose event loop was closed never comes to forget its own
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="phiquant-reader")
         self._started = self._closing = False
@@ -72,7 +73,7 @@ class AsyncLLM:
         return made
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Continue a prompt; arguments and errors as `LLM.generate`, and QueueFull. Cancelling the task ends the work."""
+        """Continue a prompt; arguments and errors as `LLM.generate`, and QueueFull. A cancelled task ends the work."""
         return (await self._complete(lambda: prompt, options, 1))[0]
 
     async def generate_many(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Completion]:
@@ -125,14 +126,13 @@ class AsyncLLM:
         async for chunk in self._chunks(lambda: ids(messages, tools, template_arguments), options):
             yield chunk
 
-    async def embed(self, inputs: Sequence[Prompt], *, pooling: Pooling = "mean") -> Embeddings:
+    async def embed(self, inputs: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean") -> Embeddings:
         """What texts mean to the model; arguments and errors as `LLM.embed`, and QueueFull."""
-        several = [inputs] if isinstance(inputs, str) else list(inputs)
-        if not several:
-            raise RequestError("there is nothing to embed; give a text")
+        several = prompts_of(inputs)
 
-        def read() -> list[Any]:
-            found = [pooled(self.llm.requests.ids(text), pooling) for text in several]
+        def read() -> list[Pooled]:
+            texts = [inputs] if several is None else several
+            found = [pooled(self.llm.requests.ids(text), pooling) for text in texts]  # type: ignore[arg-type]
             for one in found:
                 self._engine.check(one.job)
             return found

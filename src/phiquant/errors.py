@@ -6,6 +6,7 @@
     │   ├── CheckpointError    ... a Hugging Face checkpoint (config.json, safetensors, index)
     │   ├── ImportanceError    ... an importance matrix (imatrix.gguf, or the older .dat)
     │   ├── LogitsError        ... saved logits of a base model
+    │   ├── CacheError         ... a saved cache of a conversation
     │   ├── TokenizerError     ... a vocabulary or tokenizer file
     │   └── TemplateError      ... a chat template: syntax, run time, time or memory limit
     ├── UnsupportedError       well-formed, but not something this version does
@@ -25,6 +26,7 @@ Messages are one sentence that names the thing and the remedy; the command line 
 
 __all__ = [
     "ArchitectureError",
+    "CacheError",
     "CheckpointError",
     "ContextError",
     "FormatError",
@@ -70,6 +72,10 @@ class LogitsError(FormatError):
     """A file of saved logits is truncated, corrupt or does not belong to the model."""
 
 
+class CacheError(FormatError):
+    """A saved cache is truncated, corrupt, or was made by another model, cache type or version."""
+
+
 class TokenizerError(FormatError):
     """A vocabulary or a tokenizer file cannot be used."""
 
@@ -106,7 +112,7 @@ class ContextError(RequestError):
     """A sequence does not fit the context."""
 
 
-class QueueFull(RequestError):
+class QueueFull(RequestError):  # noqa: N818  a name that says what happened
     """Too many requests wait already; one may be accepted in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:

@@ -26,6 +26,7 @@ from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
 from phiquant.loading import PAGE_TOKENS, Loaded
 from phiquant.request import Prompt, Request, Requests, prompts_of
+from phiquant.saved_cache import SavedCache
 from phiquant.text import Message
 
 __all__ = ["LLM", "PAGE_TOKENS", "Completion", "CompletionChunk", "Embeddings", "Options", "Timings", "Usage"]
@@ -153,7 +154,7 @@ class LLM:
         """Who guesses for a new sequence."""
         if not self._speculate:
             return []
-        return [PromptLookup(), *([] if self._smaller is None else [ModelDraft(self._smaller._engine)])]
+        return [PromptLookup(), *([] if self._smaller is None else [ModelDraft(self._smaller.engine)])]
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Completion: ...
@@ -162,9 +163,9 @@ class LLM:
         self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[Options]
     ) -> Iterator[CompletionChunk]: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
+    def generate(self, prompt: list[str] | list[list[int]], **options: Unpack[Options]) -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], *, stream: bool = False, **options: Unpack[Options]
+        self, prompt: Prompt | list[str] | list[list[int]], *, stream: bool = False, **options: Unpack[Options]
     ) -> Completion | list[Completion] | Iterator[CompletionChunk]:
         """Continue a prompt, or a list of prompts together.
 
@@ -325,6 +326,35 @@ class LLM:
                 running = {index: job for index, job in running.items() if job.finish is None}
         finally:
             self.engine.cancel(*running.values())
+
+    def save_cache(self, path: str | os.PathLike[str], ids: Sequence[int]) -> int:
+        """Keep what is computed of a conversation in a file, for a later process that goes on with it.
+
+        Args:
+            path: of the file, which holds what the conversation says: treat it as such.
+            ids: tokens of the conversation, such as prompt and completion one after the other.
+
+        Returns:
+            How many tokens were computed and are kept: whole pages; the rest, less than a page, is computed again.
+
+        Raises:
+            RequestError: nothing of these tokens is in the cache. OutputError: the file cannot be written.
+        """
+        self._check_open()
+        return self._saved().save(path, [int(i) for i in ids])
+
+    def load_cache(self, path: str | os.PathLike[str]) -> list[int]:
+        """Put what `save_cache` kept back into the cache; gives the tokens of the conversation.
+
+        Raises:
+            CacheError: the file is damaged, or was made by another model, cache type or version.
+            RequestError: others use too much of the cache. ContextError: the conversation is too long.
+        """
+        self._check_open()
+        return self._saved().load(path)
+
+    def _saved(self) -> SavedCache:
+        return SavedCache(self.engine, self._loaded.fingerprint)
 
     @property
     def threads(self) -> int:

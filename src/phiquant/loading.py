@@ -1,11 +1,13 @@
 """From a GGUF file to an engine with the model's weights in it: the place where file, model and processor meet."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Self
 
-from phiquant import arch
+from phiquant import __version__, arch
 from phiquant.engine import Engine
 from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType, GGUFFile, open_model
@@ -20,6 +22,8 @@ __all__ = ["PAGE_TOKENS", "Loaded"]
 PAGE_TOKENS: Final = 64
 # Logits of a step take at most this many bytes; tokens beyond go into the next step.
 LOGITS_BYTES: Final = 1 << 27
+# Bytes at either end of a tensor that tell two models apart.
+_SAMPLE: Final = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,7 @@ class Loaded:
         config: hyperparameters.
         tokenizer: text to ids and back.
         engine: computes it.
+        capacity: what room was made.
         backend: name of the kind of processor.
         notes: what was asked for and is not done, and what the file does not say and was assumed.
     """
@@ -39,6 +44,7 @@ class Loaded:
     config: arch.Config
     tokenizer: Tokenizer
     engine: Engine
+    capacity: Capacity
     backend: str
     notes: tuple[str, ...]
 
@@ -106,7 +112,25 @@ class Loaded:
             notes.append("no GPU backend is installed, so all layers run on the CPU")
         if bf16_dot and not any(tensor.type is GGMLType.BF16 for tensor in gguf.tensors.values()):
             notes.append("dot products of BF16 change nothing, because no weight of this model is BF16")
-        return cls(gguf, config, tokenizer, engine, chosen.name, tuple(notes))
+        return cls(gguf, config, tokenizer, engine, capacity, chosen.name, tuple(notes))
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What must be the same for keys and values to mean the same: a line for each thing."""
+        model = hashlib.sha256()
+        for name, tensor in self.gguf.tensors.items():
+            model.update(f"{name}\0{tensor.shape}\0{int(tensor.type)}\n".encode())
+            data = self.gguf.data(name)
+            model.update(data[:_SAMPLE].tobytes())
+            model.update(data[-_SAMPLE:].tobytes())
+        capacity = self.capacity
+        return {
+            "model": f"{self.config.name} {model.hexdigest()}",
+            "cache_type": capacity.cache_type.name,
+            "page_tokens": str(capacity.page_tokens),
+            "backend": self.backend + (" with BF16 dot products" if capacity.bf16_dot else ""),
+            "version": __version__,
+        }
 
     def close(self) -> None:
         """Free threads and memory, and unmap the file."""

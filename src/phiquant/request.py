@@ -46,7 +46,6 @@ class Request:
         self.job, self.seed = job, seed
         self._stops = StopStrings(stop)
         self._stream = tokenizer.stream(continuation=tokenizer.continues(job.ids))
-        self._silent = tokenizer.eog_ids & job.end_ids  # some, such as Phi-3's </s>, are text elsewhere
         self._pieces: list[str] = []
         self._used = job.prompt_length  # tokens that became text; a step that guessed right may have brought more
         self.completion: Completion | None = None
@@ -79,7 +78,8 @@ class Request:
         if not new and job.error is not None:
             raise job.error
         self._used += len(new)
-        text, done = self._stops.push("".join(self._stream.push(token) for token in new if token not in self._silent))
+        written = [token for token in new if token not in job.end_ids]  # some vocabularies have a text for end tokens
+        text, done = self._stops.push("".join(map(self._stream.push, written)))
         if ended and job.error is None and self._used == there and not done:
             rest, done = self._stops.push(self._stream.finish())
             text += rest if done else rest + self._stops.finish()

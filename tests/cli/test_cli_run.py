@@ -10,6 +10,7 @@ import pytest
 
 import phiquant.llm
 from phiquant.cli import app, run
+from phiquant.engine import Sampling
 from phiquant.errors import RequestError
 
 
@@ -79,6 +80,37 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> run.RunOptions:
         (["x.gguf", "--top-p", "0.5"], "top_p", 0.5),
         (["x.gguf", "--min-p", "0.1"], "min_p", 0.1),
         (["x.gguf", "--repeat-penalty", "1.1"], "repeat_penalty", 1.1),
+        (["x.gguf", "--samplers", "top_k;temperature"], "samplers", "top_k;temperature"),
+        (["x.gguf", "--typical", "0.9"], "typical", 0.9),
+        (["x.gguf", "--typical-p", "0.9"], "typical", 0.9),
+        (["x.gguf", "--top-n-sigma", "1.5"], "top_n_sigma", 1.5),
+        (["x.gguf", "--xtc-probability", "0.5"], "xtc_probability", 0.5),
+        (["x.gguf", "--xtc-threshold", "0.2"], "xtc_threshold", 0.2),
+        (["x.gguf", "--dynatemp-range", "0.5"], "dynatemp_range", 0.5),
+        (["x.gguf", "--dynatemp-exp", "2"], "dynatemp_exp", 2),
+        (["x.gguf", "--presence-penalty", "0.5"], "presence_penalty", 0.5),
+        (["x.gguf", "--frequency-penalty", "-0.5"], "frequency_penalty", -0.5),
+        (["x.gguf", "--repeat-last-n", "-1"], "repeat_last_n", -1),
+        (["x.gguf", "--dry-multiplier", "0.8"], "dry_multiplier", 0.8),
+        (["x.gguf", "--dry-base", "2"], "dry_base", 2),
+        (["x.gguf", "--dry-allowed-length", "3"], "dry_allowed_length", 3),
+        (["x.gguf", "--dry-penalty-last-n", "100"], "dry_penalty_last_n", 100),
+        (
+            ["x.gguf", "--dry-sequence-breaker", ":", "--dry-sequence-breaker", "*"],
+            "dry_sequence_breaker",
+            (":", "*"),
+        ),
+        (["x.gguf", "--mirostat", "2"], "mirostat", 2),
+        (["x.gguf", "--mirostat-lr", "0.2"], "mirostat_lr", 0.2),
+        (["x.gguf", "--mirostat-ent", "3"], "mirostat_ent", 3),
+        (["x.gguf", "-l", "5+1", "--logit-bias", "7-inf"], "logit_bias", ("5+1", "7-inf")),
+        (["x.gguf", "--ignore-eos"], "ignore_eos", True),
+        (["x.gguf", "--grammar", 'root ::= "x"'], "grammar", 'root ::= "x"'),
+        (["x.gguf", "--grammar-file", "g.gbnf"], "grammar_file", Path("g.gbnf")),
+        (["x.gguf", "-j", "{}"], "json_schema", "{}"),
+        (["x.gguf", "--json-schema", "{}"], "json_schema", "{}"),
+        (["x.gguf", "-jf", "s.json"], "json_schema_file", Path("s.json")),
+        (["x.gguf", "--json-schema-file", "s.json"], "json_schema_file", Path("s.json")),
         (["x.gguf", "-s", "7"], "seed", 7),
         (["x.gguf", "--seed", "7"], "seed", 7),
         (["x.gguf", "-no-cnv"], "conversation", False),
@@ -102,13 +134,36 @@ def test_defaults_of_llama_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed(monkeypatch, "x.gguf") == run.RunOptions(Path("x.gguf"))
     assert run.RunOptions(Path("x.gguf")).sampling() == {
         "max_tokens": None,
+        "ignore_eos": False,
+        "seed": None,
         "temperature": 0.8,
+        "dynatemp_range": 0.0,
+        "dynatemp_exponent": 1.0,
         "top_k": 40,
         "top_p": 0.95,
         "min_p": 0.05,
+        "typical_p": 1.0,
+        "top_n_sigma": -1.0,
+        "xtc_probability": 0.0,
+        "xtc_threshold": 0.1,
+        "mirostat": 0,
+        "mirostat_eta": 0.1,
+        "mirostat_tau": 5.0,
         "repeat_penalty": 1.0,
-        "seed": None,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repeat_last_n": 64,
+        "dry_multiplier": 0.0,
+        "dry_base": 1.75,
+        "dry_allowed_length": 2,
+        "dry_penalty_last_n": -1,
+        "logit_bias": {},
+        "grammar": None,
     }
+    defaults = Sampling()
+    for name, value in run.RunOptions(Path("x.gguf")).sampling().items():
+        if hasattr(defaults, name) and name not in ("seed", "logit_bias"):
+            assert value == getattr(defaults, name), name
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,52 @@ def test_logits_equal_those_of_the_reference(name: str) -> None:
     executable.close()
 
 
+@pytest.mark.parametrize("name", ["F32", "Q4_K"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_hidden_states_are_what_logits_are_made_of(name: str, tied: bool) -> None:
+    program = model(GGMLType[name], layers=1, tied=tied)
+    assert program.hidden is program.operations[-1].x  # type: ignore[union-attr]
+    capacity = dataclasses.replace(CAPACITY, cache_type=GGMLType.F32)
+    reference = ReferenceBackend().prepare(program, capacity)
+    executable = CpuBackend().prepare(program, capacity)
+    both = step(program, [(0, 0, 40), (1, 0, 33)])
+    hidden = dataclasses.replace(both, hidden=True)
+    logits = bits(executable.run(both))
+    found, expected = executable.run(hidden).copy(), reference.run(hidden)
+    assert found.shape == expected.shape == (73, program.hidden.width)
+    error = np.abs(found - expected).max(axis=1) / np.abs(expected).max()
+    assert np.median(error) < 4e-6
+    assert error.max() < (0.02 if GGMLType[name].is_quantized else 2e-5)
+    few = dataclasses.replace(hidden, outputs=np.array([3, 72], np.int32))
+    assert np.array_equal(bits(executable.run(few)), bits(found[[3, 72]]))
+    assert np.array_equal(bits(executable.run(both)), logits)
+    for without in (reference, executable):
+        without.program = dataclasses.replace(program, hidden=None)
+        with pytest.raises(KernelError, match="no hidden states"):
+            without.run(hidden)
+    executable.close()
+
+
+@pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend])
+@pytest.mark.parametrize("kind", CACHE_TYPES.values(), ids=lambda kind: kind.name)
+def test_pages_of_the_cache_are_read_and_written(backend: type[ReferenceBackend | CpuBackend], kind: GGMLType) -> None:
+    program, capacity = model(GGMLType.F16), dataclasses.replace(CAPACITY, cache_type=kind)
+    one, other = backend().prepare(program, capacity), backend().prepare(program, capacity)
+    first, more = step(program, [(0, 0, 40)]), step(program, [(0, 40, 45)])
+    one.run(first)
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(bits(one.run(more)), bits(other.run(more)))
+    for page in sorted(set(first.pages.flatten().tolist())):
+        data = one.read_page(page)
+        assert (data.dtype, data.shape) == (np.uint8, (one.page_bytes,))
+        other.write_page(page, data)
+    assert np.array_equal(bits(one.run(more)), bits(other.run(more)))
+    with pytest.raises(KernelError, match="bytes"):
+        other.write_page(0, np.zeros(7, np.uint8))
+    one.close()
+    other.close()
+
+
 @pytest.mark.parametrize("kind", CACHE_TYPES.values(), ids=lambda kind: kind.name)
 def test_the_cache_is_the_references(kind: GGMLType) -> None:
     """Without a product before it, so that what is stored is the same to the bit: no channel falls to another level."""

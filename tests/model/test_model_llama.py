@@ -64,6 +64,7 @@ def test_operations_in_order() -> None:
         *("RMSNorm", "MatMul", "MatMul", "SwiGLU", "MatMul"),
     ]
     program = record(CONFIG, made(CONFIG))
+    assert program.hidden is vars(program.operations[-1])["x"], "what logits are made of"
     assert [type(o).__name__ for o in program.operations] == ["Embed", *block, *block, "Select", "RMSNorm", "MatMul"]
     assert all(o.bias is None for o in program.operations if isinstance(o, ops.MatMul))
     assert program.attention == ops.AttentionShape(4, 2, 16, 16, 0.25, 0, neighbours=True)

@@ -44,6 +44,7 @@ def test_operations_in_order() -> None:
         *("MatMul", "GELU", "MatMul"),
     ]
     program = record(CONFIG, made(CONFIG))
+    assert program.hidden is vars(program.operations[-1])["x"], "what logits are made of"
     assert [type(o).__name__ for o in program.operations] == ["Embed", *block, *block, "Select", "LayerNorm", "MatMul"]
     products = [o for o in program.operations if isinstance(o, ops.MatMul)]
     assert all(o.bias is not None and o.bias.name == o.weight.name.replace("weight", "bias") for o in products)

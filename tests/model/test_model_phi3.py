@@ -52,6 +52,7 @@ def config(**changes: object) -> Phi3Config:
 def test_operations_in_order() -> None:
     block = ["RMSNorm", "MatMul", "RotateStore", "Attention", "MatMul", "RMSNorm", "MatMul", "SwiGLU", "MatMul"]
     program = record(config(), made(config()))
+    assert program.hidden is vars(program.operations[-1])["x"], "what logits are made of"
     assert [type(o).__name__ for o in program.operations] == ["Embed", *block, *block, "Select", "RMSNorm", "MatMul"]
     assert [o.weight.name for o in program.operations if isinstance(o, ops.MatMul) and o.add] == [
         f"blk.{n}.{name}.weight" for n in range(2) for name in ("attn_output", "ffn_down")

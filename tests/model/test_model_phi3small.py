@@ -56,6 +56,7 @@ def config(**changes: object) -> Phi3SmallConfig:
 def test_operations_in_order() -> None:
     block = ["LayerNorm", "MatMul", "RotateStore", "Attention", "MatMul", "LayerNorm", "MatMul", "GeGELU", "MatMul"]
     program = record(config(), made(config()))
+    assert program.hidden is vars(program.operations[-1])["x"], "what logits are made of"
     names = [type(o).__name__ for o in program.operations]
     assert names == ["Embed", *block, *block, *block, "Select", "LayerNorm", "MatMul"]
     products = [o for o in program.operations if isinstance(o, ops.MatMul)]

@@ -56,6 +56,7 @@ def test_operations_in_order() -> None:
     block = ["LayerNorm", *["MatMul"] * 3, "RotateStore", "Attention", "MatMul", "LayerNorm", "MatMul", "Route"]
     block += ["ExpertMatMul", "ExpertMatMul", "SwiGLU", "ExpertMatMul", "Combine"]
     program = record(config(), made(config()))
+    assert program.hidden is vars(program.operations[-1])["x"], "what logits are made of"
     assert [type(o).__name__ for o in program.operations] == ["Embed", *block, *block, "Select", "LayerNorm", "MatMul"]
     assert program.attention == ops.AttentionShape(4, 2, 16, 16, 0.25, 0)
     assert (program.layers, program.vocab_size, program.logits.rows, program.routes) == (2, 50, "outputs", 2)

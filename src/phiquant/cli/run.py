@@ -15,22 +15,23 @@ from ..errors import RequestError
 from .failures import WrongUsage
 from .memory import peak_bytes, sized
 from .notices import Notices
+from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from ..llm import LLM, Completion, CompletionChunk, Options
+    from ..completion import Options
+    from ..llm import LLM, Completion, CompletionChunk
 
 __all__ = ["Printer", "RunOptions", "chosen_model", "run", "unescaped"]
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(SamplingOptions):
     """The options of `phiquant run`, as they were given; `commands.run` says what they mean."""
 
     model: Path
     prompt: str | None = None
     file: Path | None = None
     system_prompt: str | None = None
-    n_predict: int = -1
     ctx_size: int = 4096
     cache_type: str = "f16"
     threads: int = 0
@@ -39,30 +40,12 @@ class RunOptions:
     draft_model: Path | None = None
     pack: bool = True
     bf16_dot: bool = False
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int = -1
     conversation: bool | None = None
     single_turn: bool = False
     escape: bool = True
     display_prompt: bool = True
     verbose_prompt: bool = False
     quiet: bool = False
-
-    def sampling(self) -> Options:
-        """The part that `LLM.generate` takes."""
-        return {
-            "max_tokens": None if self.n_predict < 0 else self.n_predict,
-            "temperature": self.temperature,
-            "top_k": max(self.top_k, 0),
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "repeat_penalty": self.repeat_penalty,
-            "seed": None if self.seed < 0 else self.seed,
-        }
 
 
 def chosen_model(path: str | None, model: str | None) -> Path:
@@ -87,6 +70,7 @@ def run(options: RunOptions) -> int:
         raise WrongUsage("--draft-model guesses, and --no-speculate forbids it; give one")
     notices = Notices(quiet=options.quiet)
     prompt, complete = _prompt(options)
+    sampling = options.sampling()
     from ..llm import LLM
 
     with LLM.load(
@@ -109,8 +93,8 @@ def run(options: RunOptions) -> int:
         if options.conversation is None and not has_template and prompt is None:
             raise RequestError("the model has no chat template; give it a text to continue: --prompt or --file")
         if has_template if options.conversation is None else options.conversation:
-            return _chat(llm, options, prompt, complete, printer, notices)
-        return _continue(llm, options, prompt, printer, notices)
+            return _chat(llm, options, sampling, prompt, complete, printer, notices)
+        return _continue(llm, options, sampling, prompt, printer, notices)
 
 
 def _gpu_layers(text: str) -> int:
@@ -216,14 +200,16 @@ def summary(completion: Completion) -> str:
     return "; ".join(parts)
 
 
-def _continue(llm: LLM, options: RunOptions, prompt: str | None, printer: Printer, notices: Notices) -> int:
+def _continue(
+    llm: LLM, options: RunOptions, sampling: Options, prompt: str | None, printer: Printer, notices: Notices
+) -> int:
     if options.system_prompt is not None:
         raise RequestError("a system prompt needs a chat, and this is a plain continuation; leave out -sys or -no-cnv")
     if prompt is None:
         raise RequestError("there is no text to continue; give it with --prompt or --file")
     if options.verbose_prompt:
         list_tokens(llm, llm.tokenize(prompt))
-    with closing(llm.generate(prompt, stream=True, **options.sampling())) as chunks:  # type: ignore[type-var]
+    with closing(llm.generate(prompt, stream=True, **sampling)) as chunks:  # type: ignore[type-var]
         if options.display_prompt:  # not before the prompt has been accepted
             printer.write(prompt)
         completion = show(chunks, printer)
@@ -245,10 +231,18 @@ def list_tokens(llm: LLM, ids: list[int]) -> None:
         print(f"{token:6d}  {llm.tokenizer.token_bytes(token).decode('utf-8', 'replace')!r}", file=sys.stderr)
 
 
-def _chat(llm: LLM, options: RunOptions, prompt: str | None, complete: bool, printer: Printer, notices: Notices) -> int:
+def _chat(
+    llm: LLM,
+    options: RunOptions,
+    sampling: Options,
+    prompt: str | None,
+    complete: bool,
+    printer: Printer,
+    notices: Notices,
+) -> int:
     from .chat import Chat, interactive, reader
 
-    chat = Chat(llm, options.sampling(), printer, notices, system=options.system_prompt)
+    chat = Chat(llm, sampling, printer, notices, system=options.system_prompt)
     if options.verbose_prompt and prompt is not None:
         list_tokens(llm, chat.ids(prompt))
     if complete and prompt is not None:

@@ -92,6 +92,19 @@ class PageCache:
                 break
         return table, known
 
+    def adopt_whole(self, ids: Sequence[int], root: bytes) -> tuple[PageTable, int]:
+        """A table of the full pages that are known of `ids`, all to be read only, and how many tokens they hold."""
+        table = PageTable([], [blake2b(root, digest_size=16).digest()])
+        for start in range(0, len(ids) - self.page_tokens + 1, self.page_tokens):
+            wanted = tuple(ids[start : start + self.page_tokens])
+            page, common = self._best(table.prefixes[-1], wanted)
+            if page is None or common < self.page_tokens:
+                break
+            self._use(page)
+            table.pages.append(page)
+            table.prefixes.append(_digest(table.prefixes[-1], wanted))
+        return table, len(table.pages) * self.page_tokens
+
     def grow(self, table: PageTable, tokens: int) -> bool:
         """Make the table long enough for `tokens` tokens; False, with what there was, if pages have run out."""
         while len(table.pages) * self.page_tokens < tokens:

@@ -10,7 +10,9 @@ Sequences come and go from any thread at any time (`submit`, `cancel`): they are
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +121,8 @@ class Engine:
             try:
                 self._settle()
             finally:
-                self._release()
+                self._lock.release()
+                self._hand_over()
 
     @property
     def waiting(self) -> int:
@@ -150,6 +153,61 @@ class Engine:
             preempted=self._scheduler.preempted,
         )
 
+    # What was computed can be kept, and put back.
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the cache."""
+        return self._executable.page_bytes
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page of the cache."""
+        return self._executable.capacity.page_tokens
+
+    @contextmanager
+    def kept_pages(self, ids: Ids[int]) -> Iterator[list[int]]:
+        """The full pages that the cache holds of a sequence's beginning, in order; meanwhile nobody writes them."""
+        with self._alone():
+            table, _ = self._cache.adopt_whole(ids, self._root(ids))
+        try:
+            yield list(table.pages)
+        finally:
+            with self._alone():
+                self._cache.release(table)
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """The bytes of a page, uint8 [page_bytes]."""
+        with self._alone():
+            return self._executable.read_page(page)
+
+    def write_pages(self, ids: Ids[int], pages: Iterable[NDArray[np.uint8]]) -> None:
+        """Put pages that `kept_pages` gave of the same `ids` into the cache.
+
+        Raises:
+            TokenError, ContextError: the engine could not have such a sequence.
+            RequestError: others use too much of the cache.
+        """
+        self.check(Sequence(ids, None))
+        size = self.page_tokens
+        with self._alone():
+            table, known = self._cache.adopt_whole(ids, self._root(ids))
+        try:
+            for start, data in zip(range(0, len(ids) - size + 1, size), pages, strict=False):
+                if start < known:
+                    continue
+                with self._alone():
+                    if not self._cache.grow(table, start + size):
+                        raise RequestError("the cache has no room, because others use it; try again later")
+                    self._executable.write_page(table.pages[start // size], data)
+                    self._cache.record(table, ids, start, start + size)
+        finally:
+            with self._alone():
+                self._cache.release(table)
+
+    def _root(self, ids: Ids[int]) -> bytes:
+        return self._rope.regime(len(ids)).value.encode()
+
     # Who computes.
 
     def advance(self, sequence: Sequence, seen: int) -> None:
@@ -174,7 +232,8 @@ class Engine:
                         if not (sequence.ended or done() or self._step()):
                             raise RequestError("the engine was asked to go on with a sequence that it does not know")
                     finally:
-                        self._release()
+                        self._lock.release()
+                        self._hand_over()
                 elif not (sequence.ended or done()):
                     self._work_came.set()
                     sequence.changed.wait()
@@ -214,7 +273,7 @@ class Engine:
                 if self.work():
                     continue
             except Exception as error:  # nothing that a sequence is to blame for, so none of them can be trusted
-                with self._lock:
+                with self._alone():
                     self._fail([*self._scheduler.running, *self._scheduler.waiting], error)
                 continue
             if self._thread is me and not self._closed:
@@ -222,21 +281,23 @@ class Engine:
 
     def work(self) -> bool:
         """Compute one step, if there is anything to do; returns whether there was."""
-        self._lock.acquire()
-        try:
+        with self._alone():
             return self._step()
-        finally:
-            self._release()
 
-    def _release(self) -> None:
-        """Let others work; those that wait for somebody to work are told that nobody does."""
-        self._lock.release()
-        if self._thread is None:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Between two steps."""
+        try:
+            with self._lock:
+                yield
+        finally:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        for sequence in self._followers.copy():
-            sequence.changed.set()
+        """Nobody works now: those that wait for somebody who does are told so."""
+        if self._thread is None:
+            for sequence in self._followers.copy():
+                sequence.changed.set()
 
     def close(self) -> None:
         """End the running step and the thread, and free the processor's memory and threads."""
@@ -245,7 +306,7 @@ class Engine:
             thread, self._thread = self._thread, None
         self._executable.cancel()
         self._work_came.set()
-        with self._lock:
+        with self._alone():
             self._settle()
             self._fail([*self._scheduler.running, *self._scheduler.waiting], _closed())
             self._executable.close()

@@ -25,7 +25,7 @@ class Speed:
         if prompt == 0:
             self._generating = _mean(self._generating, seconds)
         elif prompt >= LEAST:
-            base = min(self._generating, seconds / 2) if generating else 0.0
+            base = min(self._generating, 0.8 * seconds) if generating else 0.0  # what it would have taken without
             self._token = _mean(self._token, (seconds - base) / prompt)
 
     def ended(self, seconds: float) -> None:

@@ -29,13 +29,14 @@ from phiquant.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-__all__ = ["JSON_SPACE", "Constraint", "Constraints", "Grammar"]
+__all__ = ["JSON_BLANK", "Constraint", "Constraints", "Grammar"]
 
 Kind = Literal["json_schema", "regex", "lark", "gbnf"]
 
+# What may stand between the parts of JSON. Without a bound a model that likes blanks never comes to an end.
+JSON_BLANK: Final = r"( |\n{1,2}[ \t]{0,20})?"
+
 MOST_TEXT: Final = 1 << 20  # characters of a grammar
-JSON_SPACE: Final = r" |\n {0,20}"
-"""Space between the parts of JSON: a model that is unsure of the next part would otherwise write it without end."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _compiled(grammar: Grammar) -> str:
 
     try:
         if grammar.kind == "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": JSON_SPACE})
+            return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": JSON_BLANK})
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         if grammar.kind == "lark":

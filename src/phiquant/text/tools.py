@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 from phiquant.errors import PhiquantError, RequestError
 from phiquant.text import repairs
-from phiquant.text.grammar import JSON_SPACE, Grammar
+from phiquant.text.grammar import JSON_BLANK, Grammar
 from phiquant.text.template import ChatTemplate, Message
 from phiquant.text.tool_reader import ToolReader
 
@@ -150,7 +150,7 @@ class Toolbox:
         if answer is None:
             return Grammar("lark", "start: calls\n" + text)
         schema = json.loads(answer.text)
-        form = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **schema} if isinstance(schema, dict) else schema
+        form = {"x-guidance": {"whitespace_pattern": JSON_BLANK}, **schema} if isinstance(schema, dict) else schema
         return Grammar("lark", f"start: calls | answer\n{text}answer: %json {json.dumps(form)}\n")
 
     def _instruction(self) -> str:

@@ -62,9 +62,24 @@ def run(
         Option("--pack/--no-pack", help="Bring weights into the fastest form, or run from the mapped file itself."),
     ] = True,
     bf16_dot: BFloatDot = False,
+    samplers: Annotated[
+        str | None,
+        Option(
+            "--samplers",
+            metavar="A;B;...",
+            help="The steps of choosing a token, in order; by default penalties;dry;top_n_sigma;top_k;typ_p;top_p;"
+            "min_p;xtc;temperature.",
+        ),
+    ] = None,
     temp: Annotated[
         float, Option("--temp", "--temperature", metavar="T", min=0, help="Randomness; 0: always the likeliest token.")
     ] = 0.8,
+    dynatemp_range: Annotated[
+        float, Option("--dynatemp-range", metavar="R", min=0, help="Let the temperature go from T - R to T + R.")
+    ] = 0.0,
+    dynatemp_exp: Annotated[
+        float, Option("--dynatemp-exp", metavar="X", min=0, help="Of the entropy by which the temperature goes.")
+    ] = 1.0,
     top_k: Annotated[int, Option("--top-k", metavar="N", help="Keep the N likeliest tokens; 0: all.")] = 40,
     top_p: Annotated[
         float, Option("--top-p", metavar="P", min=0, max=1, help="Keep the likeliest with this share; 1: all.")
@@ -72,9 +87,92 @@ def run(
     min_p: Annotated[
         float, Option("--min-p", metavar="P", min=0, max=1, help="Drop what is rarer than P times the likeliest.")
     ] = 0.05,
+    typical: Annotated[
+        float,
+        Option("--typical", "--typical-p", metavar="P", min=0, max=1, help="Keep the most typical share; 1: all."),
+    ] = 1.0,
+    top_n_sigma: Annotated[
+        float,
+        Option(
+            "--top-n-sigma",
+            "--top-nsigma",
+            metavar="N",
+            help="Keep scores within N standard deviations of the best; -1: all.",
+        ),
+    ] = -1.0,
+    xtc_probability: Annotated[
+        float,
+        Option(
+            "--xtc-probability",
+            metavar="P",
+            min=0,
+            max=1,
+            help="How often the likeliest are left out, but for the last.",
+        ),
+    ] = 0.0,
+    xtc_threshold: Annotated[
+        float, Option("--xtc-threshold", metavar="P", min=0, max=1, help="... of those at least so likely.")
+    ] = 0.1,
+    mirostat: Annotated[
+        int, Option("--mirostat", metavar="N", min=0, max=2, help="1 or 2: keep the surprise of the text level.")
+    ] = 0,
+    mirostat_lr: Annotated[float, Option("--mirostat-lr", metavar="X", help="How fast mirostat corrects.")] = 0.1,
+    mirostat_ent: Annotated[float, Option("--mirostat-ent", metavar="X", help="Mirostat's aim, in bits.")] = 5.0,
     repeat_penalty: Annotated[
         float, Option("--repeat-penalty", metavar="X", help="Divide the score of recent tokens; 1: do not.")
     ] = 1.0,
+    presence_penalty: Annotated[
+        float, Option("--presence-penalty", metavar="X", help="Take X from the score of recent tokens.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, Option("--frequency-penalty", metavar="X", help="The same for each time that they came.")
+    ] = 0.0,
+    repeat_last_n: Annotated[
+        int, Option("--repeat-last-n", metavar="N", min=-1, help="How many tokens are recent; -1: all.")
+    ] = 64,
+    dry_multiplier: Annotated[
+        float,
+        Option("--dry-multiplier", metavar="X", min=0, help="Make what continues a repetition less likely; 0: do not."),
+    ] = 0.0,
+    dry_base: Annotated[
+        float, Option("--dry-base", metavar="X", min=0, help="... the more so for each token that the repetition has.")
+    ] = 1.75,
+    dry_allowed_length: Annotated[
+        int, Option("--dry-allowed-length", metavar="N", min=0, help="Repetitions of fewer tokens are free.")
+    ] = 2,
+    dry_penalty_last_n: Annotated[
+        int, Option("--dry-penalty-last-n", metavar="N", min=-1, help="Look at the last N tokens; -1: all.")
+    ] = -1,
+    dry_sequence_breaker: Annotated[
+        list[str] | None,
+        Option(
+            "--dry-sequence-breaker",
+            metavar="TEXT",
+            help="Repetitions end here, instead of at line ends, colons, double quotes and asterisks; none: nowhere. "
+            "May be given several times.",
+        ),
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        Option(
+            "--logit-bias",
+            "-l",
+            metavar="TOKEN+BIAS",
+            help="Add to the score of a token: 15043+1, 15043-1, 2-inf; may be given several times.",
+        ),
+    ] = None,
+    ignore_eos: Annotated[bool, Option("--ignore-eos", help="Never end by a token that ends the text.")] = False,
+    grammar: Annotated[
+        str | None, Option("--grammar", metavar="GBNF", help="What the text must look like, in llama.cpp's notation.")
+    ] = None,
+    grammar_file: Annotated[Path | None, Option("--grammar-file", metavar="FILE", help="The same from a file.")] = None,
+    json_schema: Annotated[
+        str | None,
+        Option("--json-schema", "-j", metavar="SCHEMA", help="The text is JSON that fits this schema; {}: any JSON."),
+    ] = None,
+    json_schema_file: Annotated[
+        Path | None, Option("--json-schema-file", "-jf", metavar="FILE", help="The same from a file.")
+    ] = None,
     seed: Annotated[int, Option("--seed", "-s", metavar="N", help="For the same text again; -1: a random one.")] = -1,
     conversation: Annotated[
         bool | None,
@@ -112,11 +210,35 @@ def run(
         draft_model=draft_model,
         pack=pack,
         bf16_dot=bf16_dot,
+        samplers=samplers,
         temperature=temp,
+        dynatemp_range=dynatemp_range,
+        dynatemp_exp=dynatemp_exp,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        typical=typical,
+        top_n_sigma=top_n_sigma,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        mirostat=mirostat,
+        mirostat_lr=mirostat_lr,
+        mirostat_ent=mirostat_ent,
         repeat_penalty=repeat_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repeat_last_n=repeat_last_n,
+        dry_multiplier=dry_multiplier,
+        dry_base=dry_base,
+        dry_allowed_length=dry_allowed_length,
+        dry_penalty_last_n=dry_penalty_last_n,
+        dry_sequence_breaker=tuple(dry_sequence_breaker) if dry_sequence_breaker else None,
+        logit_bias=tuple(logit_bias or ()),
+        ignore_eos=ignore_eos,
+        grammar=grammar,
+        grammar_file=grammar_file,
+        json_schema=json_schema,
+        json_schema_file=json_schema_file,
         seed=seed,
         conversation=conversation,
         single_turn=single_turn,

@@ -348,9 +348,9 @@ class CpuExecutable:
             costs += _cost(op, len(bound), made.program.routes)
             self._segments.append(range(start, len(natives)))
         self._native = native_program(natives)
-        # Hidden states are there before the last operation, which makes logits of them and does nothing else on the way.
-        last = made.bound[-1] if made.bound else []
-        self._before_logits = len(natives) - (0 if isinstance(last, Embedding) else len(last))
+        # Hidden states are there before the last operation, which makes logits of them and does nothing else.
+        final = made.bound[-1] if made.bound else []
+        self._before_logits = len(natives) - (0 if isinstance(final, Embedding) else len(final))
         self._bytes = np.array([c.nbytes for c in costs], np.float64)
         self._products = np.array([c.products for c in costs], np.float64)
         self._spared = np.array([c.spared for c in costs], np.float64)
