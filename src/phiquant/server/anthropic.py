@@ -10,7 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from phiquant.completion import Options
-from phiquant.server.conversation import MOST_MESSAGES, FunctionSpec, NamedFunction, NamedTool, ToolSpec
+from phiquant.server.conversation import (
+    MOST_MESSAGES,
+    FunctionSpec,
+    NamedFunction,
+    NamedTool,
+    ToolName,
+    ToolSpec,
+)
 from phiquant.server.conversation import ToolChoice as OpenAIChoice
 from phiquant.server.conversation import chat_ids, toolbox_of
 from phiquant.server.failures import Failure, body_of, refuse
@@ -47,7 +54,7 @@ class InputMessage(Body):
 class AnthropicTool(Body):
     """A tool; those that Anthropic runs itself are not here."""
 
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     type: Name | None = None

@@ -56,6 +56,7 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,
         responses=_RESPONSES,
     )
     for module in (openai_chat, openai_completions, openai_responses, openai_embeddings, anthropic, llama_cpp, ollama):

@@ -1,21 +1,21 @@
 """Messages and tools as OpenAI's clients send them, which the other families' are turned into."""
 
 import asyncio
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from phiquant.server.fields import Body, Name
 from phiquant.server.failures import refuse
 from phiquant.server.hosting import Loaded
 from phiquant.text.tools import Tool, Toolbox
 
-__all__ = ["ChatMessage", "ToolChoice", "ToolSpec", "chat_ids", "plain_text", "template_message", "toolbox_of"]
+__all__ = ["ChatMessage", "ToolChoice", "ToolName", "ToolSpec", "chat_ids", "plain_text", "template_message", "toolbox_of"]
 
 MOST_MESSAGES: Final = 10_000
-_NAME: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 
 
 class Part(Body):
@@ -54,17 +54,10 @@ class ChatMessage(Body):
 class FunctionSpec(Body):
     """A function that may be called."""
 
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError("must be of letters, digits and any of _ . : -")
-        return name
 
 
 class ToolSpec(Body):
