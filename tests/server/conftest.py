@@ -201,7 +201,9 @@ def make(gguf: Path, tokenizer: Tokenizer) -> Make:
         models = tuple(Model(gguf, name, embeddings=embeddings) for name in names)
         known = tokenizer
         if template is not None:
-            known = Tokenizer(tokenizer.vocabulary, tokenizer.added_tokens, ChatTemplate(template, bos_token="<s>", eos_token=""))
+            known = Tokenizer(
+                tokenizer.vocabulary, tokenizer.added_tokens, ChatTemplate(template, bos_token="<s>", eos_token="")
+            )
         return Server(replace(Settings(models), **settings), known, spoken)
 
     return made

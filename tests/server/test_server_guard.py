@@ -19,7 +19,9 @@ def test_the_names_of_this_machine_are_known(server: Server, host: str) -> None:
     assert server.ask("GET", "/health", headers={"host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8080", "", "10.0.0.1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8080", "", "10.0.0.1"]
+)
 def test_a_host_that_is_not_ours_is_refused(server: Server, host: str) -> None:
     answer = server.ask("GET", "/health", headers={"host": host})
     assert answer.status_code == 403
@@ -40,7 +42,14 @@ def test_a_server_for_all_addresses_is_reached_by_addresses_but_not_by_names(mak
 
 
 def test_pages_of_other_origins_may_not_ask(server: Server) -> None:
-    for origin in ("https://evil.example", "null", "http://127.0.0.1:9999", "http://[::1", "file://", "http://localhost:8080"):
+    for origin in (
+        "https://evil.example",
+        "null",
+        "http://127.0.0.1:9999",
+        "http://[::1",
+        "file://",
+        "http://localhost:8080",
+    ):
         answer = server.ask("POST", CHAT, SAY, headers={"origin": origin})
         assert answer.status_code == 403, origin
         assert "access-control-allow-origin" not in answer.headers
@@ -149,7 +158,14 @@ def test_a_body_that_is_too_large_is_refused(make: Make) -> None:
 
 
 def test_paths_that_nobody_serves(server: Server) -> None:
-    for path in ("/nothing", "/v1/chat/completions/", "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1//models", "/index.html"):
+    for path in (
+        "/nothing",
+        "/v1/chat/completions/",
+        "/../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/v1//models",
+        "/index.html",
+    ):
         assert server.ask("GET", path).status_code in (404, 405), path
     assert server.ask("GET", CHAT).status_code == 405
     assert server.ask("DELETE", "/v1/models").status_code == 405
@@ -221,10 +237,9 @@ def test_a_client_that_leaves_cancels_its_work(make: Make, stream: bool) -> None
 def test_a_client_that_does_not_read_loses_its_place(make: Make) -> None:
     async def run() -> None:
         server = make("word " * 50, client_timeout=0.1)
+        server.engine.pause = 0.01
         client = Asgi(server, CHAT, json.dumps({**SAY, "stream": True}).encode())
-        client.stalled.set()
         task = asyncio.create_task(client.run())
-        client.stalled.clear()
         while server.engine.running < 1:
             await asyncio.sleep(0.005)
         client.stalled.set()

@@ -42,7 +42,9 @@ def test_biases_in_all_their_forms(server: Server) -> None:
 
 
 def test_probabilities_and_grammars(server: Server) -> None:
-    answer = server.post("/completion", prompt="x", n_probs=2, grammar='root ::= "a"', samplers="top_k;temperature").json()
+    answer = server.post(
+        "/completion", prompt="x", n_probs=2, grammar='root ::= "a"', samplers="top_k;temperature"
+    ).json()
     entry = answer["completion_probabilities"][0]
     assert entry["token"] == " It"
     assert [len(entry["top_logprobs"]), entry["id"]] == [2, server.engine.llm.tokenizer.encode_continuation(" It")[0]]
@@ -76,7 +78,9 @@ def test_tokens_and_back(server: Server) -> None:
     ids = server.post("/tokenize", content="Hello sky").json()["tokens"]
     assert ids == tokenizer.encode("Hello sky", add_bos=False)
     assert server.post("/detokenize", tokens=ids).json() == {"content": "Hello sky"}
-    pieces = server.post("/tokenize", content="\U0001f9ff<|user|>", with_pieces=True, parse_special=False).json()["tokens"]
+    pieces = server.post("/tokenize", content="\U0001f9ff<|user|>", with_pieces=True, parse_special=False).json()[
+        "tokens"
+    ]
     assert any(isinstance(piece["piece"], list) for piece in pieces), "bytes that are no character alone"
     assert server.post("/detokenize", tokens=[1 << 30]).status_code == 400
 

@@ -115,7 +115,21 @@ def test_a_mark_around_something_else_stays_visible() -> None:
     assert read("<|tool_call|>[1]<|/tool_call|> end")[1] == []
 
 
-PIECES = ["<|tool_call|>", "<|/tool_call|>", "[", "]", "{", "}", '"name"', '"weather"', ":", ",", '"arguments"', " ", "x"]
+PIECES = [
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "[",
+    "]",
+    "{",
+    "}",
+    '"name"',
+    '"weather"',
+    ":",
+    ",",
+    '"arguments"',
+    " ",
+    "x",
+]
 
 
 @given(st.lists(st.sampled_from([*PIECES, "<tool_call>", "functools", "```json", "\n", "\\", '"', "1", "ONE", ONE])))

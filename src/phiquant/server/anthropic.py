@@ -1,7 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens, as Anthropic's clients speak."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -17,9 +17,10 @@ from phiquant.server.conversation import (
     NamedTool,
     ToolName,
     ToolSpec,
+    chat_ids,
+    toolbox_of,
 )
 from phiquant.server.conversation import ToolChoice as OpenAIChoice
-from phiquant.server.conversation import chat_ids, toolbox_of
 from phiquant.server.failures import Failure, body_of, refuse
 from phiquant.server.fields import MOST_TOKENS, Body, Name, Number, Stop, Whole
 from phiquant.server.generation import Answer, CallDelta, CallStart, End, Event, TextDelta, Work
@@ -136,7 +137,7 @@ class MessagesBody(CountBody):
         for name in ("temperature", "top_k", "top_p"):
             value = getattr(self, name)
             if value is not None:
-                options[name] = value  # type: ignore[literal-required]
+                options[name] = value
         grammar = toolbox.grammar()
         if grammar is not None:
             options["grammar"] = grammar
@@ -237,9 +238,15 @@ def routes(service: Service) -> APIRouter:
                 arguments = _arguments(call.arguments)
                 content.append({"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": arguments})
             reason, stop = _reason(answer.end)
-            return {**head, "content": content, "stop_reason": reason, "stop_sequence": stop, "usage": _usage(answer.end)}
+            return {
+                **head,
+                "content": content,
+                "stop_reason": reason,
+                "stop_sequence": stop,
+                "usage": _usage(answer.end),
+            }
 
-        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
             at, kind = -1, ""
 
             def started() -> bytes:

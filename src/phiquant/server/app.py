@@ -51,7 +51,7 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
     app = FastAPI(
         title="phiquant",
         version=__version__,
-        summary="Microsoft's Phi models, behind the addresses that clients of OpenAI, Anthropic, llama.cpp and Ollama know",
+        summary="Microsoft's Phi models at the addresses that clients of OpenAI, Anthropic, llama.cpp and Ollama know",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -67,7 +67,7 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
     public = page.mount(app)
     for kind in (RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _raise)
-    app.add_middleware(Guard, settings=settings, public=public, done=_teller(settings, counters))  # type: ignore[arg-type]
+    app.add_middleware(Guard, settings=settings, public=public, done=_teller(settings, counters))
     return app
 
 

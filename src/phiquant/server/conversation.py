@@ -6,12 +6,21 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from phiquant.server.fields import Body, Name
 from phiquant.server.failures import refuse
+from phiquant.server.fields import Body, Name
 from phiquant.server.hosting import Loaded
 from phiquant.text.tools import Tool, Toolbox
 
-__all__ = ["ChatMessage", "ToolChoice", "ToolName", "ToolSpec", "chat_ids", "plain_text", "template_message", "toolbox_of"]
+__all__ = [
+    "ChatMessage",
+    "ToolChoice",
+    "ToolName",
+    "ToolSpec",
+    "chat_ids",
+    "plain_text",
+    "template_message",
+    "toolbox_of",
+]
 
 MOST_MESSAGES: Final = 10_000
 

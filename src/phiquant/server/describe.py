@@ -64,5 +64,7 @@ def describe(path: Path) -> Description:
             size=sum(part.size for part in gguf.parts),
             modified=path.stat().st_mtime,
             template=template if isinstance(template, str) else "",
-            metadata={key: value for key, value in short.items() if not isinstance(value, float) or math.isfinite(value)},
+            metadata={
+                key: value for key, value in short.items() if not isinstance(value, float) or math.isfinite(value)
+            },
         )

@@ -106,7 +106,7 @@ def body_of(failure: Failure, family: Family) -> dict[str, Any]:
 
 def _invalid(errors: Sequence[Any]) -> Failure:
     """The first of what pydantic complains about, as a sentence; the value itself is not repeated."""
-    first = errors[0] if errors else {"loc": (), "msg": "the body is not what it must be", "type": ""}
+    first: dict[str, Any] = errors[0]
     if first["type"] == "json_invalid":
         reason = str(first.get("ctx", {}).get("error", "")).strip()
         return Failure(400, f"the body is not valid JSON: {reason}" if reason else "the body is not valid JSON")

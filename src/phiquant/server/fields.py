@@ -56,9 +56,11 @@ class LlamaSampling(Body):
     mirostat: Annotated[Whole, Field(ge=0, le=2)] | None = None
     mirostat_tau: Annotated[Number, Field(gt=0, le=1000)] | None = None
     mirostat_eta: Annotated[Number, Field(gt=0, le=1000)] | None = None
-    samplers: Annotated[list[Annotated[str, Field(max_length=50)]], Field(max_length=50)] | Annotated[
-        str, Field(max_length=1000)
-    ] | None = None
+    samplers: (
+        Annotated[list[Annotated[str, Field(max_length=50)]], Field(max_length=50)]
+        | Annotated[str, Field(max_length=1000)]
+        | None
+    ) = None
     min_tokens: Annotated[Whole, Field(ge=0, le=MOST_TOKENS)] | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
@@ -71,7 +73,8 @@ class LlamaSampling(Body):
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "top_k" in given:
             given["top_k"] = max(given["top_k"], 0)
-        return Options(**given)  # type: ignore[typeddict-item]
+        options: Options = given  # type: ignore[assignment]
+        return options
 
 
 class JsonSchema(Body):
@@ -79,7 +82,7 @@ class JsonSchema(Body):
 
     name: Name = ""
     description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -88,7 +91,7 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")  # llama-server's, beside json_object
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")  # llama-server's, beside json_object
 
 
 def grammar_of(

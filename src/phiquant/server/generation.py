@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -110,7 +110,7 @@ class Answer:
         return self.end.finish
 
 
-async def events(loaded: Loaded, work: Work, record: Record) -> AsyncIterator[Event]:
+async def events(loaded: Loaded, work: Work, record: Record) -> AsyncGenerator[Event, None]:
     """What comes, of all choices, as it comes; closing it cancels the work. Errors are those of `AsyncLLM.stream`."""
     readers = [work.reader() if work.reader is not None else None for _ in range(len(work.prompts) * work.n)]
     async with aclosing(_chunks(loaded, work)) as chunks:
@@ -175,7 +175,7 @@ def _options(work: Work, choice: int) -> Options:
     return options
 
 
-async def _chunks(loaded: Loaded, work: Work) -> AsyncIterator[tuple[int, CompletionChunk]]:
+async def _chunks(loaded: Loaded, work: Work) -> AsyncGenerator[tuple[int, CompletionChunk], None]:
     count = len(work.prompts) * work.n
     if count == 1:
         async with aclosing(loaded.engine.stream(work.prompts[0], **_options(work, 0))) as stream:

@@ -44,12 +44,14 @@ class Guard:
         done: is told the record of every request, once it has been answered.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, public: frozenset[str], done: Callable[[Record], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, public: frozenset[str], done: Callable[[Record], None]
+    ) -> None:
         self._app, self._settings, self._done = app, settings, done
         self._public = public | set(OPEN)
         self._keys = [key.encode() for key in settings.api_keys]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -169,9 +171,7 @@ class Guard:
         return replay
 
 
-async def _respond(
-    send: Callable[[Message], Awaitable[None]], status: int, body: Any, headers: dict[str, str]
-) -> None:
+async def _respond(send: Callable[[Message], Awaitable[None]], status: int, body: Any, headers: dict[str, str]) -> None:
     data = b"" if body is None else json.dumps(body).encode()
     pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     if body is not None:

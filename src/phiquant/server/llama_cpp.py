@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -69,7 +69,7 @@ class CompletionBody(LlamaSampling):
         for name in ("top_p", "presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if value is not None:
-                options[name] = value  # type: ignore[literal-required]
+                options[name] = value
         if self.temperature is not None:
             options["temperature"] = max(self.temperature, 0.0)
         if self.most == 0:
@@ -161,7 +161,11 @@ def _ended(body: CompletionBody, loaded: Loaded, model: str, answer: Answer) -> 
         "tokens_evaluated": usage.prompt_tokens,
         "tokens_cached": usage.prompt_tokens + usage.completion_tokens,
         "has_new_line": "\n" in answer.completion.text,
-        "generation_settings": {"seed": answer.completion.seed, "n_predict": body.most or -1, "n_ctx": loaded.llm.context},
+        "generation_settings": {
+            "seed": answer.completion.seed,
+            "n_predict": body.most or -1,
+            "n_ctx": loaded.llm.context,
+        },
         "timings": timings_of(answer),
     }
 
@@ -191,7 +195,7 @@ def routes(service: Service) -> APIRouter:
                 found["completion_probabilities"] = _probabilities(loaded, answer)
             return {**found, **_ended(body, loaded, model, answer)}
 
-        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
             async for item in found:
                 if isinstance(item, TextDelta):
                     tokens = list(item.ids) if body.return_tokens else []
@@ -299,5 +303,3 @@ def _piece(loaded: Loaded, token: int) -> dict[str, Any]:
 
 def _text_of(loaded: Loaded, token: int | None) -> str:
     return "" if token is None else loaded.llm.tokenizer.decode([token], skip_special=False)
-
-

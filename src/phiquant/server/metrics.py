@@ -1,5 +1,7 @@
 """GET /metrics: what is counted, for Prometheus."""
 
+from typing import Any
+
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.responses import Response
@@ -19,7 +21,7 @@ class Counters:
     def __init__(self, hosting: Hosting) -> None:
         self._hosting = hosting
         self.registry = CollectorRegistry()
-        of = {"registry": self.registry, "namespace": "phiquant"}
+        of: Any = {"registry": self.registry, "namespace": "phiquant"}
         self._requests = Counter("requests", "Requests, by address and status.", ["path", "status"], **of)
         self._prompt = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **of)
         self._cached = Counter("cached_tokens", "Those taken from earlier work.", ["model"], **of)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -83,7 +83,8 @@ class OllamaBody(Body):
             given["logprobs"] = self.top_logprobs or 0
         if self.think not in (None, False):
             raise refuse("think: the model does not think apart from its answer; leave it out")
-        return Options(**given)
+        options: Options = given
+        return options
 
     @property
     def unloads(self) -> bool:
@@ -119,7 +120,7 @@ class OllamaMessage(Body):
 class ChatBody(OllamaBody):
     """A conversation to be continued."""
 
-    messages: Annotated[list[OllamaMessage], Field(max_length=MOST_MESSAGES)] = []
+    messages: Annotated[list[OllamaMessage], Field(default_factory=list, max_length=MOST_MESSAGES)]
     tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
 
     async def plan(self, loaded: Loaded) -> Work:
@@ -230,7 +231,9 @@ def _called(call: Call) -> dict[str, Any]:
         arguments = json.loads(call.arguments)
     except (ValueError, RecursionError):
         arguments = None
-    return {"function": {"name": call.name, "arguments": arguments if isinstance(arguments, dict) else {"": call.arguments}}}
+    return {
+        "function": {"name": call.name, "arguments": arguments if isinstance(arguments, dict) else {"": call.arguments}}
+    }
 
 
 def routes(service: Service) -> APIRouter:
@@ -262,7 +265,7 @@ def routes(service: Service) -> APIRouter:
                 found["logprobs"] = token_logprobs(loaded, answer.logprobs)
             return found
 
-        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
             call: Call | None = None
             async for item in found:
                 if call is not None and not isinstance(item, CallDelta):
@@ -295,7 +298,9 @@ def routes(service: Service) -> APIRouter:
             async with service.hosting.lease(body.model):
                 pass
         reason = "unload" if body.unloads else "load"
-        return Json({"model": body.model, "created_at": _moment(), **piece("", []), "done": True, "done_reason": reason})
+        return Json(
+            {"model": body.model, "created_at": _moment(), **piece("", []), "done": True, "done_reason": reason}
+        )
 
     @router.post("/chat", summary="Answer a conversation")
     async def chat(body: ChatBody, request: Request) -> Response:

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions; the fields are OpenAI's, and llama-server's for samplers and grammars."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -75,7 +75,7 @@ class OpenAISampling(LlamaSampling):
         for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if value is not None:
-                options[name] = value  # type: ignore[literal-required]
+                options[name] = value
         options["stop"] = stops_of(self.stop)
         options["seed"] = seed_of(self.seed)
         options["max_tokens"] = self.max_tokens
@@ -178,7 +178,7 @@ def routes(service: Service) -> APIRouter:
                 "timings": timings_of(answers[0]),
             }
 
-        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
             def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:
                 if body.tells_usage:
                     more.setdefault("usage", None)

@@ -1,7 +1,7 @@
 """POST /v1/completions: prompts continued as they are."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -122,7 +122,7 @@ def routes(service: Service) -> APIRouter:
             usage = usage_of(answers, body.drawn)
             return {**head, "choices": choices, "usage": usage, "timings": timings_of(answers[0])}
 
-        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
             def chunk(at: int, text: str, logprobs: Any, finish: str | None, **more: Any) -> bytes:
                 if body.tells_usage:
                     more.setdefault("usage", None)
@@ -153,5 +153,3 @@ def routes(service: Service) -> APIRouter:
         return await service.whole(request, model, body.plan, whole)
 
     return router
-
-

@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's newer form of a chat. Nothing is stored, so a conversation is sent whole every time."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -137,7 +137,9 @@ class ResponseBody(Body):
                 text = plain_text(item.output, f"input.{at}.output")
                 found.append(ChatMessage(role="tool", content=text or "", tool_call_id=item.call_id))
             elif item.type != "reasoning":
-                raise refuse(f"input.{at} is of type {item.type[:50]!r}, which is not served, or incomplete", f"input.{at}")
+                raise refuse(
+                    f"input.{at} is of type {item.type[:50]!r}, which is not served, or incomplete", f"input.{at}"
+                )
         return found
 
     async def plan(self, loaded: Loaded) -> Work:
@@ -355,7 +357,7 @@ def routes(service: Service) -> APIRouter:
             output += [_function(new_id("fc_"), new_id("call_"), call, status) for call in answer.calls]
             return form.response(status, output, answer.end)
 
-        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        async def pieces(loaded: Loaded, found: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
             written = _Pieces(form, loaded, body)
             begun = False
             async for item in found:

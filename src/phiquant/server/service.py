@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -19,7 +19,7 @@ from phiquant.server.streaming import Json, Stream, attended, record_of
 __all__ = ["Service", "new_id", "timings_of", "token_text"]
 
 Plan = Callable[[Loaded], Awaitable[Work]]
-Pieces = Callable[[Loaded, AsyncIterator[Event]], AsyncIterator[bytes]]
+Pieces = Callable[[Loaded, AsyncIterator[Event]], AsyncGenerator[bytes, None]]
 
 
 class Service:
@@ -56,14 +56,14 @@ class Service:
     ) -> Response:
         """The same, answered as it comes; `pieces` makes bytes of events."""
 
-        async def work() -> AsyncIterator[bytes]:
+        async def work() -> AsyncGenerator[bytes, None]:
             record = record_of(request)
             async with self.hosting.lease(model) as loaded:
                 record.model = self.name(model)
-                async with aclosing(events(loaded, await plan(loaded), record)) as found:
-                    async with aclosing(pieces(loaded, found)) as encoded:  # type: ignore[type-var]
-                        async for piece in encoded:
-                            yield piece
+                found = events(loaded, await plan(loaded), record)
+                async with aclosing(found), aclosing(pieces(loaded, found)) as encoded:
+                    async for piece in encoded:
+                        yield piece
 
         return Stream(work(), failed, limit=self.settings.client_timeout, **how)
 

@@ -46,7 +46,14 @@ class Model:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, least in (("ctx_size", 0), ("parallel", 1), ("threads", 0), ("batch_size", 1), ("cache_tokens", 0), ("queue", 0)):
+        for name, least in (
+            ("ctx_size", 0),
+            ("parallel", 1),
+            ("threads", 0),
+            ("batch_size", 1),
+            ("cache_tokens", 0),
+            ("queue", 0),
+        ):
             if getattr(self, name) < least:
                 raise RequestError(f"{_option(name)} is {getattr(self, name)} and must be at least {least}")
         if not self.name:

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from phiquant.server.failures import Failure, failure_of
 from phiquant.server.guard import RECORD
@@ -102,7 +102,7 @@ class Stream(Response):
 
     def __init__(
         self,
-        pieces: AsyncIterator[bytes],
+        pieces: AsyncGenerator[bytes, None],
         failed: Callable[[Failure], bytes],
         *,
         media_type: str = "text/event-stream",
@@ -114,7 +114,7 @@ class Stream(Response):
         del self.headers["content-length"]
         self._pieces, self._failed, self._heartbeat, self._limit = pieces, failed, heartbeat, limit
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
         record: Record = scope[RECORD]
         producing = asyncio.ensure_future(self._produce(send, record))
         watch = asyncio.ensure_future(_gone(receive))
@@ -128,7 +128,7 @@ class Stream(Response):
             await _end(producing, watch)
 
     async def _produce(self, send: Send, record: Record) -> None:
-        async with aclosing(self._pieces) as pieces:  # type: ignore[type-var]
+        async with aclosing(self._pieces) as pieces:
             first = asyncio.ensure_future(anext(pieces))
             try:
                 await asyncio.wait({first}, timeout=PATIENCE)
@@ -144,27 +144,32 @@ class Stream(Response):
                 await self._piece(send, first.result())
                 async for piece in pieces:
                     await self._piece(send, piece)
-            except (asyncio.CancelledError, _TooSlow):
+            except (asyncio.CancelledError, _TooSlowError):
                 raise
             except Exception as error:
                 failure = failure_of(error)
                 record.error = failure.message
                 await self._piece(send, self._failed(failure))
                 if failure.status >= 500:
-                    await send({"type": "http.response.body", "body": b""})
+                    await self._piece(send, b"", more=False)
                     raise
-            await send({"type": "http.response.body", "body": b""})
+            await self._piece(send, b"", more=False)
 
     async def _start(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await self._timed(
+            send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
 
-    async def _piece(self, send: Send, piece: bytes) -> None:
+    async def _piece(self, send: Send, piece: bytes, more: bool = True) -> None:
+        await self._timed(send, {"type": "http.response.body", "body": piece, "more_body": more})
+
+    async def _timed(self, send: Send, message: Message) -> None:
         try:
             async with asyncio.timeout(self._limit):
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send(message)
         except TimeoutError:
-            raise _TooSlow(f"the client took nothing for {self._limit:g} s") from None
+            raise _TooSlowError(f"the client took nothing for {self._limit:g} s") from None
 
 
-class _TooSlow(ConnectionError):
+class _TooSlowError(ConnectionError):
     """The client does not read."""

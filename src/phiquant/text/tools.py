@@ -85,7 +85,9 @@ class Toolbox:
             raise RequestError(f"tool_choice names {name[:100]!r}, which is none of the tools")
         if mode == "required" and not tools:
             raise RequestError("tool_choice asks for a call, and there are no tools")
-        self.tools = [tool for tool in tools if name is None or tool.name == name] if mode == "required" else list(tools)
+        self.tools = (
+            [tool for tool in tools if name is None or tool.name == name] if mode == "required" else list(tools)
+        )
         self.mode: Mode = mode if tools else "none"
         self.parallel = parallel and name is None
         self.form = form_of(template)
@@ -156,7 +158,7 @@ class Toolbox:
     def _instruction(self) -> str:
         shown = json.dumps([tool.shown["function"] for tool in self._all], ensure_ascii=False)
         lines = [
-            f"These functions can be called; each is described by its name and the JSON schema of its arguments:\n{shown}",
+            f"These functions can be called; each has a name and the JSON schema of its arguments:\n{shown}",
             "To call functions, answer with JSON of this form and nothing else:\n"
             '{"tool_calls": [{"name": "the function\'s name", "arguments": {"an argument": "its value"}}]}',
         ]
@@ -217,7 +219,7 @@ def _with_objects(message: Message) -> Message:
 
 
 def _instructed(messages: Sequence[Message], instruction: str, template: ChatTemplate | None) -> list[Message]:
-    """The conversation with an instruction where the model sees it: with the system message, or the first of the user."""
+    """The conversation with an instruction where the model sees it: in the system message, or the user's first."""
     role = "system" if template is None or _shows_system(template) else "user"
     at = next((at for at, message in enumerate(messages) if message.get("role") == role), None)
     if at is None:
@@ -253,5 +255,3 @@ def _moved(schema: Any, place: str, depth: int = 0) -> Any:
     if isinstance(schema, list):
         return [_moved(item, place, depth + 1) for item in schema]
     return schema
-
-

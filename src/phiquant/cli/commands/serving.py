@@ -13,11 +13,18 @@ __all__ = ["serve"]
 def serve(
     model: Annotated[
         list[Path] | None,
-        Option("--model", "-m", metavar="FILE", help="A GGUF file; may be given several times, the first is meant by default."),
+        Option(
+            "--model",
+            "-m",
+            metavar="FILE",
+            help="A GGUF file; may be given several times, the first is meant by default.",
+        ),
     ] = None,
     alias: Annotated[
         list[str] | None,
-        Option("--alias", "-a", metavar="NAME", help="The name of a model, in the order of --model; by default its file's."),
+        Option(
+            "--alias", "-a", metavar="NAME", help="The name of a model, in the order of --model; by default its file's."
+        ),
     ] = None,
     host: Annotated[
         str | None, Option("--host", metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone.")
@@ -44,7 +51,9 @@ def serve(
     ] = None,
     cache_type: Annotated[
         str | None,
-        Option("--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."),
+        Option(
+            "--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."
+        ),
     ] = None,
     cache_tokens: Annotated[
         int | None,
@@ -90,7 +99,9 @@ def serve(
     ] = None,
     config: Annotated[
         Path | None,
-        Option("--config", metavar="FILE", help="All of this as TOML: [[models]] with path and name; options count more."),
+        Option(
+            "--config", metavar="FILE", help="All of this as TOML: [[models]] with path and name; options count more."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> int:
