@@ -66,7 +66,7 @@ with LLM.load(sys.argv[1], context=512, speculate=False) as llm:
     ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, 504).tolist()
     llm.generate(ids, max_tokens=8, temperature=0, ignore_eos=True)
     found |= {"used": resident(), "peak": peak()}
-    found["cache"] = sum(layer.nbytes for layer in llm._engine._executable._cache.layers)
+    found["cache"] = sum(layer.nbytes for layer in llm.engine._executable._cache.layers)
 print(json.dumps(found))
 """
 

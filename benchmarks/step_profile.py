@@ -122,7 +122,7 @@ def main() -> None:
         LLM.load(a.model, context=a.depth + a.prompt + 64, threads=a.threads, speculate=False, batch=a.prompt) as llm,
         Limits(a.threads) as limits,
     ):
-        executable = llm._engine._executable
+        executable = llm.engine._executable
         assert isinstance(executable, CpuExecutable)
         before = rng.integers(100, 30000, a.depth).tolist()
         if before:

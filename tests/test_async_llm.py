@@ -216,8 +216,9 @@ def test_choices_share_a_prompt(llm: LLM, alone: LLM) -> None:
             assert [one.text for one in found] == expected
             assert [one.seed for one in found] == [7, 8, 9]
             assert all(one.usage.cached_tokens >= 64 for one in found[1:])
-            with pytest.raises(RequestError, match="n is 0"):
-                await a.generate_many(prompt, 0)
+            for n in (0, 129, 1.5):
+                with pytest.raises(RequestError, match=f"n is {n} and must be from 1 to 128"):
+                    await a.generate_many(prompt, n)  # type: ignore[arg-type]
 
     asyncio.run(main())
 
@@ -403,6 +404,7 @@ def test_event_loops_come_and_go(llm: LLM, alone: LLM) -> None:
         thread.join()
     assert texts == [expected] * 4
     # A loop that ends in the middle of a text, and takes nothing down in an orderly manner.
+    before = a.stats().cancelled
     loop = asyncio.new_event_loop()
     stream = a.stream(PROMPT, ignore_eos=True)
     loop.run_until_complete(anext(stream))
@@ -411,6 +413,7 @@ def test_event_loops_come_and_go(llm: LLM, alone: LLM) -> None:
     while a.stats().running:
         assert time.monotonic() < end
         time.sleep(0.01)
+    assert a.stats().cancelled == before + 1
     assert asyncio.run(one()) == expected
     with pytest.raises(StopIteration):  # closing needs no loop
         stream.aclose().send(None)
@@ -432,6 +435,23 @@ def test_threads_use_the_model_meanwhile(llm: LLM, alone: LLM) -> None:
             assert [one.text for one in found] == expected
             assert [one.text for one in texts] == expected
             assert np.array_equal(np.concatenate([row for _, _, row in rows]), logits)
+
+    asyncio.run(main())
+
+
+def test_a_conversation_is_kept_while_others_are_under_way(llm: LLM, tmp_path: Path) -> None:
+    ids = llm.tokenize("Tom had a dog and the dog had a bone. " * 10)
+
+    async def main() -> None:
+        async with opened(llm) as a:
+            kept = await a.generate(ids, max_tokens=1)
+            assert kept.usage.prompt_tokens == len(ids)
+            busy = [asyncio.ensure_future(a.generate(PROMPT, max_tokens=300, ignore_eos=True)) for _ in range(3)]
+            await until(lambda: a.stats().running == 3)
+            assert await asyncio.to_thread(llm.save_cache, tmp_path / "kept", ids) == 64 * (len(ids) // 64)
+            assert await asyncio.to_thread(llm.load_cache, tmp_path / "kept") == ids
+            assert not any(task.done() for task in busy)
+            assert all([len((await task).ids) == 300 for task in busy])
 
     asyncio.run(main())
 

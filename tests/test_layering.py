@@ -23,6 +23,7 @@ DIRECT = {
     "request": {"engine", "text", "completion"},
     "embedding": {"engine", "completion"},
     "saved_cache": {"gguf", "engine"},
+    "logit_stream": {"engine"},
     "llm": {
         "gguf",
         "quants",
@@ -36,6 +37,7 @@ DIRECT = {
         "request",
         "embedding",
         "saved_cache",
+        "logit_stream",
     },
     "async_llm": {"engine", "text", "completion", "request", "embedding", "llm"},
     "eval": {"llm"},

@@ -1,5 +1,6 @@
 """The public API on the bundled model."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -192,6 +193,7 @@ def test_refusals(llm: LLM) -> None:
         ("stop", [1], "stop must be a text or a list of texts"),
         ("stop", "", "stop string must not be empty"),
         ("stop", ["a"] * 300, "stop has 300 texts; 256 are the most"),
+        ("stop", "x" * 1025, "a text of stop is too long; 1,024 characters are the most"),
         ("stop_ids", [40000], "stop_ids has 40000, which is no token id below 32064"),
         ("stop_ids", 3, "stop_ids must be token ids"),
         ("grammar", "root ::= x", "grammar is of type str and must be a Grammar"),
@@ -414,6 +416,18 @@ def test_saved_caches_that_do_not_fit(path: Path, tmp_path: Path, monkeypatch: p
     quantize(path, tmp_path / "q.gguf", "Q8_0", allow_requantize=True, quiet=True)
     with LLM.load(tmp_path / "q.gguf", context=256) as other, pytest.raises(CacheError, match="saved with the model"):
         other.load_cache(file)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "python.md"
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+def test_the_examples_of_the_page_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").symlink_to(path)
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "example"})
 
 
 def test_a_cache_smaller_than_all_contexts(path: Path) -> None:

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 # Threads that read prompts: templates, grammars and long texts take their time, and the event loop has none.
 _READERS: Final = 4
+# Tokens of a text of which nobody reads the pieces that are put into words at a time, so as not to hold the loop up.
+_AT_ONCE: Final = 32
 
 
 class AsyncLLM:
@@ -275,13 +277,14 @@ class _Waiting:
             raise self.job.error
 
     def _told(self, job: Job) -> None:
-        if self._sent or not self._matters():
+        if self._sent and not self._loop.is_closed():
             return
-        self._sent = True
-        try:
-            self._loop.call_soon_threadsafe(self._look)
-        except RuntimeError:  # the loop is closed, and the task is gone with it
-            self._cancel(job)
+        if self._matters():
+            self._sent = True
+            try:
+                self._loop.call_soon_threadsafe(self._look)
+            except RuntimeError:  # the loop is closed, and the task is gone with it
+                self._cancel(job)
 
     def _matters(self) -> bool:
         return self.job.ended
@@ -324,7 +327,9 @@ class _Text(_Waiting):
         await self._came.wait()
 
     def _matters(self) -> bool:
-        return self._every or self._request.has_stops or self.job.ended
+        if self._every or self._request.has_stops or self.job.ended:
+            return True
+        return self.job.shown - self._request.seen >= _AT_ONCE
 
     def _look(self) -> None:
         self._sent = False  # first: what comes from now on is looked at again

@@ -10,9 +10,7 @@ with LLM.load("phi.gguf") as llm:
 
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -25,6 +23,7 @@ from phiquant.engine import Drafter, ModelDraft, PromptLookup, Stats
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
 from phiquant.loading import PAGE_TOKENS, Loaded
+from phiquant.logit_stream import logit_blocks
 from phiquant.request import Prompt, Request, Requests, prompts_of
 from phiquant.saved_cache import SavedCache
 from phiquant.text import Message
@@ -301,31 +300,7 @@ class LLM:
         neighbouring sequences may take turns. Raises TokenError, ContextError.
         """
         self._check_open()
-        blocks: deque[tuple[int, int, NDArray[np.float32]]] = deque()
-        waiting, running = enumerate(sequences), dict[int, Job]()
-
-        def sink(index: int, position: int, rows: NDArray[np.float32]) -> None:
-            running[index].hold = True  # until these have been taken
-            blocks.append((index, position, rows.copy()))  # the next step, which may be another thread's, overwrites it
-
-        try:
-            while True:
-                while len(running) < self.engine.parallel:
-                    index, ids = next(waiting, (-1, ()))
-                    if index < 0:
-                        break
-                    running[index] = Job(ids, None, sink=partial(sink, index), first=first)
-                    self.engine.submit(running[index])
-                if not running:
-                    return
-                for job in running.values():
-                    job.hold = False
-                self.engine.step(next(iter(running.values())))
-                while blocks:
-                    yield blocks.popleft()
-                running = {index: job for index, job in running.items() if job.finish is None}
-        finally:
-            self.engine.cancel(*running.values())
+        return logit_blocks(self.engine, sequences, first)
 
     def save_cache(self, path: str | os.PathLike[str], ids: Sequence[int]) -> int:
         """Keep what is computed of a conversation in a file, for a later process that goes on with it.

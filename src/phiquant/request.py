@@ -32,6 +32,8 @@ _PLAIN: Final = (
 _KNOWN: Final = frozenset(Options.__annotations__)
 _OWN: Final = ("messages", "bos_token", "eos_token", "tokenizer")  # what a template's arguments must not be called
 MOST_STOPS: Final = 256
+LONGEST_STOP: Final = 1024  # characters
+MOST_CHOICES: Final = 128
 
 
 class Request:
@@ -145,8 +147,8 @@ class Requests:
             RequestError: an option makes no sense. GrammarError: the grammar cannot be used.
         """
         _check_names(options)
-        if not _is_whole(count) or count < 1:
-            raise RequestError(f"n is {count!r:.80} and must be at least 1")
+        if not _is_whole(count) or not 1 <= count <= MOST_CHOICES:
+            raise RequestError(f"n is {count!r:.80} and must be from 1 to {MOST_CHOICES}")
         grammar, mask = options.get("grammar"), options.get("mask")
         if grammar is not None and not isinstance(grammar, Grammar):
             raise RequestError(f"grammar is of type {type(grammar).__name__} and must be a Grammar")
@@ -258,6 +260,8 @@ def _stops(stop: str | Iterable[str] | None) -> list[str]:
         raise RequestError("stop must be a text or a list of texts")
     if len(found) > MOST_STOPS:
         raise RequestError(f"stop has {len(found)} texts; {MOST_STOPS} are the most")
+    if any(len(text) > LONGEST_STOP for text in found):
+        raise RequestError(f"a text of stop is too long; {LONGEST_STOP:,} characters are the most")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -68,6 +69,33 @@ def test_a_seed_gives_the_same_text_again(model: Path) -> None:
     first, again, other = (run(*arguments, seed, text=BEGINNING) for seed in ("5", "5", "6"))
     assert first.stdout == again.stdout != other.stdout
     assert first.stderr == ""
+
+
+def test_constraints_and_samplers(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "yes.gbnf").write_text('root ::= "yes" | "no"\n')
+    quiet = ("run", model, "-no-cnv", "-p", "Well: ", "--no-display-prompt", "-q", "-s", "3")
+    assert run(*quiet, "--grammar-file", tmp_path / "yes.gbnf").stdout in ("yes\n", "no\n")
+    schema = '{"type": "array", "items": {"enum": ["a", "é"]}, "minItems": 2, "maxItems": 3}'
+    found = json.loads(run(*quiet, "-j", schema).stdout)
+    assert 2 <= len(found) <= 3
+    assert set(found) <= {"a", "é"}
+    first, again, other = (
+        run(*quiet, "-n", "12", "--samplers", chain, "--top-k", "1").stdout
+        for chain in ("top_k;temperature", "top-k;temp", "temperature")
+    )
+    assert first == again != other
+    for arguments, told in (
+        (("--samplers", "magic"), "there is no sampler 'magic'"),
+        (("--grammar", "root := x"), "the grammar cannot be used"),
+        (("-j", "{"), "the JSON schema is not valid JSON"),
+        (("-l", "5*2"), "--logit-bias takes TOKEN+BIAS"),
+        (("-l", "99999+2"), "logit_bias names 99999, which is no token id below 32064"),
+    ):
+        done = run(*quiet, *arguments)
+        assert done.returncode in (1, 2)
+        assert done.stdout == ""
+        assert told in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_reference_backend_is_not_what_runs(model: Path) -> None:

@@ -163,3 +163,19 @@ def test_no_sequence_ever_sees_anothers_keys(seed: int) -> None:
     for table, _, _ in live:
         cache.release(table)
     assert cache.available == 12
+
+
+def test_whole_pages_are_held_for_whoever_keeps_them() -> None:
+    device, cache = made()
+    ids = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    table, _ = begin(cache, device, ids)
+    held, tokens = cache.adopt_whole(ids, b"short")
+    assert tokens == 8
+    assert held.pages == table.pages[:2]
+    assert cache.adopt_whole(ids, b"long")[1] == 0
+    assert cache.adopt_whole([1, 2, 3, 4, 9, 9, 9, 9], b"short")[1] == 4
+    assert cache.adopt_whole([1, 2, 3], b"short")[1] == 0
+    cache.release(table)
+    assert cache.known == 1, "the others are held"
+    begin(cache, device, [11] * 20)
+    assert holds(device, held, ids[:8], b"short"), "nobody takes them"

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageCache
-from phiquant.engine.draft import LONGEST, Pace
 from phiquant.engine.runner import Runner
 from phiquant.engine.scheduler import Chunk, Scheduler
 from phiquant.engine.sequence import Sequence
+from phiquant.engine.speculation import Speculation
 from phiquant.engine.speed import Speed
 from phiquant.engine.stats import Stats
 from phiquant.engine.taking import take
@@ -52,9 +52,11 @@ class Engine:
         self._cache = PageCache(capacity.pages, capacity.page_tokens, executable.copy_page)
         self._scheduler = Scheduler(capacity, self._cache, rope)
         self._runner = Runner(executable, rope)
-        self._rope, self._pace, self._speed = rope, Pace(), Speed()
+        self._speculation = Speculation(rope, capacity, context)
+        self._rope, self._speed = rope, Speed()
         self._counts, self._busy = Counter[str](), 0.0
         self._lock = threading.Lock()  # of a step, and of all that steps change
+        self._turn = threading.Lock()  # held by whoever waits for the lock to do something between two steps
         self._door = threading.Lock()  # of the queue's length, and of the thread
         self._arrivals, self._departures = deque[Sequence](), deque[Sequence]()
         self._followers = set[Sequence]()  # those that somebody waits for
@@ -76,8 +78,8 @@ class Engine:
     def check(self, sequence: Sequence) -> None:
         """Refuse, before any work, a sequence that cannot be computed: TokenError, ContextError."""
         vocabulary = self._executable.program.vocab_size
-        bad = next((i for i in sequence.ids if not 0 <= i < vocabulary), None)
-        if bad is not None:
+        if min(sequence.ids) < 0 or max(sequence.ids) >= vocabulary:
+            bad = next(i for i in sequence.ids if not 0 <= i < vocabulary)
             raise TokenError(f"token id {bad} is outside the vocabulary of {vocabulary}")
         room = self.context if sequence.wants_all_logits else self.context - 1
         if len(sequence.ids) > room:
@@ -117,12 +119,7 @@ class Engine:
                 sequence.cancelled = True
                 self._departures.append(sequence)
         self._work_came.set()
-        if self._departures and self._lock.acquire(blocking=False):
-            try:
-                self._settle()
-            finally:
-                self._lock.release()
-                self._hand_over()
+        self._hand_over()
 
     @property
     def waiting(self) -> int:
@@ -227,6 +224,8 @@ class Engine:
         try:
             while not sequence.ended and not done():
                 sequence.changed.clear()
+                with self._turn:
+                    pass
                 if self._thread is None and self._lock.acquire(blocking=False):
                     try:
                         if not (sequence.ended or done() or self._step()):
@@ -281,20 +280,30 @@ class Engine:
 
     def work(self) -> bool:
         """Compute one step, if there is anything to do; returns whether there was."""
-        with self._alone():
-            return self._step()
+        with self._turn:
+            pass  # others first: a thread that lets the lock go and takes it again leaves them no time
+        try:
+            with self._lock:
+                return self._step()
+        finally:
+            self._hand_over()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Between two steps."""
         try:
-            with self._lock:
+            with self._turn, self._lock:
                 yield
         finally:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """Nobody works now: those that wait for somebody who does are told so."""
+        """The lock is free, for all that is known here: let go who was cancelled meanwhile, and let others work."""
+        while self._departures and self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
         if self._thread is None:
             for sequence in self._followers.copy():
                 sequence.changed.set()
@@ -335,7 +344,8 @@ class Engine:
         try:
             if not self._scheduler.busy or self._closed:
                 return False
-            self._speculate()
+            if len(self._scheduler.running) == 1 and not self._scheduler.waiting:
+                self._speculation.guess(self._scheduler.running[0])  # it has the step to itself
             chunks = self._scheduler.plan(self._speed.room)
             if not chunks:
                 raise KernelError("no sequence can go on; this is a mistake in the scheduler")
@@ -406,33 +416,9 @@ class Engine:
         prompt = sum(chunk.stop - chunk.start for chunk in chunks if not chunk.generates)
         self._speed.stepped(generating, prompt, seconds)
         if len(chunks) == 1 and chunks[0].sequence.generated:
-            self._pace.timed(chunks[0].stop - chunks[0].start, seconds)
+            self._speculation.pace.timed(chunks[0].stop - chunks[0].start, seconds)
         self._counts["steps"] += 1
         self._busy += seconds
-
-    def _speculate(self) -> None:
-        """Let a sequence that has the step to itself guess what comes."""
-        if len(self._scheduler.running) != 1 or self._scheduler.waiting:
-            return
-        (sequence,) = self._scheduler.running
-        sequence.draft = ()
-        if not sequence.drafters or sequence.pending != 1 or not sequence.generated:
-            return
-        length, capacity = len(sequence.ids), self._executable.capacity
-        most = min(LONGEST, self.context - 1 - length, capacity.tokens - 1, capacity.outputs - 1)
-        if sequence.max_tokens is not None:
-            most = min(most, sequence.max_tokens - len(sequence.generated) - 1)
-        while most > 0 and self._rope.regime(length + most) is not self._rope.regime(length):
-            most -= 1  # beyond the border all keys are others
-        for drafter, odds in sequence.drafters:
-            count = self._pace.guesses(odds.chance, drafter.seconds, most)
-            if count == 0:
-                odds.idled()
-                continue
-            sequence.draft = tuple(drafter.draft(sequence.ids, count))
-            if sequence.draft:
-                sequence.odds = odds
-                return
 
 
 def _closed() -> RequestError:

@@ -53,6 +53,8 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._mu = 2 * sampling.mirostat_tau
+        self._biased = np.array([token for token, _ in sampling.logit_bias], np.int64)
+        self._biases = np.array([bias for _, bias in sampling.logit_bias], np.float32)
 
     def choose(
         self,
@@ -80,10 +82,10 @@ class Sampler:
         if not math.isfinite(float(logits.max())):
             raise KernelError("the model gave logits that are not finite; its weights or a kernel are broken")
         scores = logits.copy()
-        for token, bias in s.logit_bias:
-            if token >= len(scores):
-                raise RequestError(f"logit_bias names the token {token}; there are {len(scores)}")
-            scores[token] += bias
+        if len(self._biased):
+            if self._biased.max() >= len(scores):
+                raise RequestError(f"logit_bias names the token {self._biased.max()}; there are {len(scores)}")
+            np.add.at(scores, self._biased, self._biases)
         steps = list(s.samplers)
         while steps and steps[0] in ("penalties", "dry"):  # these need all scores in their places
             (penalize if steps.pop(0) == "penalties" else dry)(scores, ids, s)

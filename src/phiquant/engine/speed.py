@@ -34,10 +34,11 @@ class Speed:
 
     @property
     def room(self) -> int:
-        """Tokens of prompts for a step that lasts `STEP_SECONDS`."""
+        """Tokens of prompts for a step that lasts `STEP_SECONDS`, in whole tiles."""
         if not self._token:
             return 4 * LEAST  # few enough to be safe, and they will tell
-        return max(LEAST, int(min((STEP_SECONDS - self._generating) / self._token, 1 << 30)))
+        tiles = min((STEP_SECONDS - self._generating) / self._token, 1 << 30) // LEAST
+        return max(LEAST, int(tiles) * LEAST)
 
     def retry_after(self, places: int) -> float:
         """Seconds until one of so many places is likely to be free, at least 1."""

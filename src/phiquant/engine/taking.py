@@ -49,7 +49,7 @@ def _next(sequence: Sequence, sampler: Sampler, logits: Rows, context: int, unus
     """Append the next token, and see whether it is the last."""
     allowed = None if sequence.mask is None else sequence.mask.allowed()
     banned = None
-    if len(sequence.generated) < sampler.sampling.min_tokens:
+    if len(sequence.ids) - sequence.prompt_length < sampler.sampling.min_tokens:
         banned = np.array(sorted(i for i in sequence.end_ids if i < len(logits)), np.int64)
     token = sampler.choose(logits, sequence.ids, unused=unused, allowed=allowed, banned=banned)
     if sequence.logprobs is not None:
