@@ -499,6 +499,14 @@ def test_streamed_logits_are_the_logits(path: Path) -> None:
         next(stream)
         stream.close()
         assert np.array_equal(llm.logits(sequences[1]), whole[1]), "what was given up is out of the way"
+    with LLM.load(path, context=64, batch=16) as llm:
+        stream = llm.stream_logits(sequences)
+        parts = [[] for _ in sequences]
+        for index, _, rows in stream:
+            parts[index].append(rows)
+            llm.generate([1, 2, 3], max_tokens=2)  # needs the only place
+        for logits, part in zip(whole, parts, strict=True):
+            assert np.array_equal(np.concatenate(part), logits)
 
 
 def test_closing(path: Path) -> None:

@@ -5,10 +5,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
-from engine_checker import GREEDY, VOCABULARY, Checker, engine, expected, run
+from engine_checker import GREEDY, VOCABULARY, Checker, engine, expected, following, run
 
 from phiquant.engine import Engine, Sampling, Sequence
 from phiquant.engine.speed import LEAST, Speed
@@ -375,6 +376,44 @@ def test_a_sequence_on_hold_lets_others_go_on(driven: tuple[Engine, Checker]) ->
         slow.hold = False
         e.step(slow)
     assert len(found) == 3
+
+
+def test_a_sequence_on_hold_gives_its_place_to_others_and_no_row_comes_twice() -> None:
+    e, _ = engine()
+    prompt = [i % VOCABULARY for i in range(90)]
+    found: list[tuple[int, int]] = []
+
+    def sink(position: int, rows: np.ndarray) -> None:
+        found.extend((position + i, int(row.argmax())) for i, row in enumerate(rows))
+        slow.hold = True
+
+    slow = Sequence(prompt, None, sink=sink, first=5)
+    e.submit(slow)
+    while slow.finish is None:
+        slow.hold = False
+        e.step(slow)
+        assert run(e, [2] * 130, 20).generated == expected([2] * 130, 20), "it needs the place, and all pages"
+    assert found == [(i, following(prompt[: i + 1], False)) for i in range(5, 90)]
+    assert e.stats().preempted >= 3
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_rows_come_once_also_where_pages_run_out(hidden: bool) -> None:
+    e, _ = engine(sequences=4, pages=10, tokens=40, outputs=30)
+    prompts = [[(i + k) % VOCABULARY for i in range(60 + 20 * k)] for k in range(4)]
+    found: list[list[int]] = [[] for _ in prompts]
+
+    def sink(k: int, position: int, rows: np.ndarray) -> None:
+        found[k].extend(range(position, position + len(rows)))
+
+    jobs = [Sequence(prompt, None, hidden=hidden, sink=partial(sink, k)) for k, prompt in enumerate(prompts)]
+    text = Sequence([1], GREEDY, max_tokens=150)
+    e.submit(text, *jobs)
+    e.advance(text, 150)
+    for job in jobs:
+        e.advance(job, 1000)
+    assert found == [list(range(len(prompt))) for prompt in prompts]
+    assert text.generated == expected([1], 150)
 
 
 def test_pages_are_kept_and_put_back() -> None:

@@ -139,15 +139,18 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give places to those that waited longest, unless they would take pages that others are going to need."""
-        while self.waiting and len(self.running) < self._capacity.sequences:
-            sequence = self.waiting[0]
-            if self._refused == (sequence, self._cache.available) and self.running:
+        while (sequence := next((s for s in self.waiting if not s.hold), None)) is not None:
+            held = any(s.hold for s in self.running)
+            if self._refused == (sequence, self._cache.available) and self.running and not held:
                 return
-            insort(self.running, self.waiting.popleft(), key=lambda s: s.arrival)
+            if len(self.running) == self._capacity.sequences and not self._displace():
+                return
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=lambda s: s.arrival)
             self._begin(sequence)
-            assert sequence.table is not None
-            missing = len(sequence.ids) // self._cache.page_tokens + 1 - len(sequence.table.pages)
-            if missing > self._cache.available and len(self.running) > 1:
+            while (short := self._lacks_pages(sequence)) and self._displace():
+                pass
+            if short and len(self.running) > 1:
                 self.running.remove(sequence)
                 self._vacate(sequence)
                 self.waiting.appendleft(sequence)
@@ -155,10 +158,29 @@ class Scheduler:
                 return
             sequence.begun = sequence.begun or perf_counter()
 
+    def _lacks_pages(self, sequence: Sequence) -> bool:
+        """Whether there are fewer pages than what it has to compute takes."""
+        assert sequence.table is not None
+        return len(sequence.ids) // self._cache.page_tokens + 1 - len(sequence.table.pages) > self._cache.available
+
+    def _displace(self) -> bool:
+        """Take the place of one that is on hold."""
+        victim = next((s for s in reversed(self.running) if s.hold), None)
+        if victim is not None:
+            self._preempt(victim)
+        return victim is not None
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self._vacate(victim)
+        self.waiting.appendleft(victim)
+        self.preempted += 1
+
     def _begin(self, sequence: Sequence) -> None:
-        """Start with whatever the cache knows of it; where all rows are wanted, all must be computed."""
+        """Start with whatever the cache knows of it, but for the tokens whose rows are wanted."""
         regime = self._rope.regime(len(sequence.ids))
-        known = sequence.ids if sequence.reuse and not sequence.wants_all_logits else sequence.ids[:1]
+        last = sequence.first if sequence.wants_all_logits else len(sequence.ids)
+        known = sequence.ids[: last + 1] if sequence.reuse else sequence.ids[:1]
         sequence.table, sequence.computed = self._cache.adopt(known, regime.value.encode())
         if len(sequence.ids) == sequence.prompt_length:
             sequence.shared = sequence.computed
@@ -201,16 +223,15 @@ class Scheduler:
         """
         assert sequence.table is not None
         while not self._cache.grow(sequence.table, sequence.computed + count):
+            if self._displace():
+                continue
             younger = self.running[self.running.index(sequence) + 1 :]
             victim = next((s for s in reversed(younger) if s not in planned), None)
             if victim is None:
                 if planned:
                     return False
                 victim = next(s for s in reversed(self.running) if s is not sequence)
-            self.running.remove(victim)
-            self._vacate(victim)
-            self.waiting.appendleft(victim)
-            self.preempted += 1
+            self._preempt(victim)
         return True
 
 

@@ -35,7 +35,9 @@ class Sequence:
         logits: float32 [prompt, vocabulary], allocated by the engine; only without `sampling` and without `sink`.
         sink: is given rows as they are computed instead: position of the first row, and rows that are valid during
             the call. Positions before `first` are left out.
-        hold: as long as it is set, nothing of it is computed; whoever takes its rows sets it to keep up.
+        first: see there; it grows as rows are given.
+        hold: as long as it is set, nothing of it is computed, and others may have its place; whoever takes its rows
+            sets it to keep up.
         reuse: take over what earlier sequences that began alike left in the cache.
         logprobs: how many alternatives to note with the log-probability of each generated token; None to note nothing.
         found: what was noted.

@@ -41,6 +41,7 @@ def _hand_on(chunk: Chunk, rows: Rows) -> None:
             sequence.sink(chunk.outputs.start, rows)
     elif sequence.logits is not None:
         sequence.logits[chunk.outputs.start : chunk.stop] = rows
+    sequence.first = max(sequence.first, chunk.stop)  # if it has to begin again, these rows are not given again
     if chunk.stop == len(sequence.ids):
         sequence.finish = "stop"
 

@@ -372,7 +372,7 @@ class CpuExecutable:
         n, m = len(step.tokens), len(step.outputs)
         with self._team.step():
             tiles, tile_costs = self._load(step)
-            stop = self._before_logits if step.hidden else len(self._native)
+            stop = self._before_logits if step.hidden else None
             for part in self._parts(n, m, tiles, tile_costs, stop):
                 if isinstance(part, Embedding):
                     part.run(n)
@@ -402,11 +402,11 @@ class CpuExecutable:
         return made
 
     def _parts(
-        self, n: int, m: int, tiles: int, tile_costs: NDArray[np.int64], stop: int
+        self, n: int, m: int, tiles: int, tile_costs: NDArray[np.int64], stop: int | None = None
     ) -> Iterator[Embedding | tuple[range, int, int]]:
         """The step in native calls that each take about `_PART_SECONDS`, as far as operations can be divided.
 
-        It ends before native operation `stop`.
+        It ends before native operation `stop`, if there is one.
         """
         shape, speed = self.program.attention, _PRODUCTS_PER_SECOND * self.threads
         rows = np.where(self._of_outputs, m, n)
@@ -424,7 +424,8 @@ class CpuExecutable:
             if isinstance(segment, Embedding):
                 yield segment
                 continue
-            segment = range(segment.start, min(segment.stop, stop))
+            if stop is not None:
+                segment = range(segment.start, min(segment.stop, stop))
             start, spent = segment.start, 0.0
             for i in segment:
                 if i > start and (i in alone or spent + costs[i] > _PART_SECONDS):
