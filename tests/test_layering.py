@@ -40,6 +40,7 @@ DIRECT = {
         "logit_stream",
     },
     "async_llm": {"engine", "text", "completion", "request", "embedding", "llm"},
+    "server": {"gguf", "engine", "text", "completion", "llm", "async_llm"},
     "eval": {"llm"},
     "bench": {"kernels", "llm"},
     "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
@@ -57,13 +58,14 @@ DIRECT = {
         "eval",
         "bench",
         "calibrate",
+        "server",
     },
 }
 OUTSIDE = {
     "__init__": {"llm", "async_llm", "completion", "engine", "text"},
     "__main__": {"cli"},
 }  # the package's own front doors
-ORACLES = {"torch", "transformers", "gguf", "openai", "mlx_lm", "llama_cpp"}  # for tests only
+ORACLES = {"torch", "transformers", "gguf", "openai", "anthropic", "ollama", "mlx_lm", "llama_cpp"}  # for tests only
 # Programs that another Python runs: the package never imports them, and they import nothing of it.
 PROGRAMS = {"eval/oracle_worker.py": {"torch", "transformers"}}
 HEAVY = {  # libraries that one room owns
@@ -72,6 +74,11 @@ HEAVY = {  # libraries that one room owns
     "jinja2": {"text"},
     "llguidance": {"text"},
     "huggingface_hub": {"convert"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "pydantic": {"server"},
+    "uvicorn": {"server"},
+    "prometheus_client": {"server"},
     "typer": {"cli"},
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},

@@ -33,13 +33,13 @@ from phiquant.server.openai_completions import Token
 from phiquant.server.service import Service, read_prompt, timings_of, token_logprobs
 from phiquant.server.streaming import Json, event
 
-__all__ = ["CompletionBody", "routes"]
+__all__ = ["LlamaCompletionBody", "routes"]
 
 _KINDS = {"stop": "eos", "length": "limit", "tool_calls": "eos"}
 Bias = Annotated[Number, Field(ge=-1e6, le=1e6)] | Literal[False]
 
 
-class CompletionBody(LlamaSampling):
+class LlamaCompletionBody(LlamaSampling):
     """A prompt to be continued; a list may mix texts and token ids."""
 
     prompt: str | list[Token | str]
@@ -146,7 +146,7 @@ def failed(failure: Failure) -> bytes:
     return event(body_of(failure, "llama"))
 
 
-def _ended(body: CompletionBody, loaded: Loaded, model: str, answer: Answer) -> dict[str, Any]:
+def _ended(body: LlamaCompletionBody, loaded: Loaded, model: str, answer: Answer) -> dict[str, Any]:
     """What the last piece says besides the text."""
     usage, stop = answer.completion.usage, answer.completion.stop
     return {
@@ -185,7 +185,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/completion", summary="Continue a prompt")
     @router.post("/completions", include_in_schema=False)
-    async def completion(body: CompletionBody, request: Request) -> Response:
+    async def completion(body: LlamaCompletionBody, request: Request) -> Response:
         model = service.name(body.model)
 
         def whole(loaded: Loaded, answers: list[Answer]) -> dict[str, Any]:

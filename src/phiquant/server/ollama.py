@@ -26,7 +26,7 @@ from phiquant.server.streaming import Json, line, record_of
 from phiquant.text.grammar import Grammar
 from phiquant.text.tools import Toolbox
 
-__all__ = ["ChatBody", "GenerateBody", "routes"]
+__all__ = ["GenerateBody", "OllamaChatBody", "routes"]
 
 
 class OllamaOptions(Body):
@@ -117,7 +117,7 @@ class OllamaMessage(Body):
     tool_call_id: Name | None = None
 
 
-class ChatBody(OllamaBody):
+class OllamaChatBody(OllamaBody):
     """A conversation to be continued."""
 
     messages: Annotated[list[OllamaMessage], Field(default_factory=list, max_length=MOST_MESSAGES)]
@@ -242,7 +242,7 @@ def routes(service: Service) -> APIRouter:
     Piece = Callable[[str, list[Call]], dict[str, Any]]
 
     async def answered(
-        body: ChatBody | GenerateBody, request: Request, plan: Callable[[Loaded], Awaitable[Work]], piece: Piece
+        body: OllamaChatBody | GenerateBody, request: Request, plan: Callable[[Loaded], Awaitable[Work]], piece: Piece
     ) -> Response:
         began = time.perf_counter()
         hosted = service.hosting.find(body.model)
@@ -303,7 +303,7 @@ def routes(service: Service) -> APIRouter:
         )
 
     @router.post("/chat", summary="Answer a conversation")
-    async def chat(body: ChatBody, request: Request) -> Response:
+    async def chat(body: OllamaChatBody, request: Request) -> Response:
         def piece(text: str, calls: list[Call]) -> dict[str, Any]:
             message: dict[str, Any] = {"role": "assistant", "content": text}
             if calls:

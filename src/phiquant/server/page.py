@@ -1,6 +1,5 @@
 """The page at /: files of the folder `page`, read once; there is no way from an address to a path."""
 
-import mimetypes
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,6 +20,19 @@ POLICY: Final = "; ".join(
     ]
 )
 
+# Not asked of the system, whose tables differ; a browser runs no script of another type.
+_MEDIA: Final = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".woff2": "font/woff2",
+    ".webmanifest": "application/manifest+json",
+}
+
 
 def mount(app: FastAPI, folder: Path = FOLDER) -> frozenset[str]:
     """Serve index.html at / and every other file at its path below the folder; returns these addresses."""
@@ -32,7 +44,7 @@ def mount(app: FastAPI, folder: Path = FOLDER) -> frozenset[str]:
             continue
         name = file.relative_to(folder).as_posix()
         address = "/" if name == "index.html" else f"/{name}"
-        media = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        media = _MEDIA.get(file.suffix, "application/octet-stream")
         headers = {
             "Content-Security-Policy": POLICY,
             "Cache-Control": "no-cache",
