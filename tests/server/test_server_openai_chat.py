@@ -280,6 +280,19 @@ def test_a_prompt_beyond_the_context_is_told_with_its_figures(server: Server, st
     assert "256" in answer.json()["error"]["message"]
 
 
+def test_a_prompt_far_beyond_the_context_is_refused_before_its_tokens_are_counted(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.engine.llm, "requests", None)
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 100_000}]}),
+        ("/v1/completions", {"prompt": "x" * 100_000}),
+    ):
+        answer = server.post(path, **body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_says_when_to_come_again(server: Server, stream: bool) -> None:
     server.engine.full = True

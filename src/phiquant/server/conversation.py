@@ -9,6 +9,7 @@ from pydantic import Field
 from phiquant.server.failures import refuse
 from phiquant.server.fields import Body, Name
 from phiquant.server.hosting import Loaded
+from phiquant.server.service import refuse_endless
 from phiquant.text.tools import Tool, Toolbox
 
 __all__ = [
@@ -142,6 +143,8 @@ async def chat_ids(
     """Token ids of a conversation with its tools, by the model's template; outside the event loop."""
     if not messages:
         raise refuse("messages is empty; there is nothing to answer", "messages")
+
+    refuse_endless(loaded, (str(message.get("content") or "") for message in messages))
 
     def read() -> list[int]:
         found, extra = toolbox.arranged(messages)

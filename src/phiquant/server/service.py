@@ -2,19 +2,22 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
+from functools import lru_cache
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from phiquant.engine import TokenLogprob
+from phiquant.errors import ContextError
 from phiquant.server.failures import Failure
 from phiquant.server.generation import Answer, Event, Work, collect, events
 from phiquant.server.hosting import Hosting, Loaded
 from phiquant.server.settings import Settings
 from phiquant.server.streaming import Json, Stream, attended, record_of
+from phiquant.text import Tokenizer
 
 __all__ = ["Service", "new_id", "timings_of", "token_text"]
 
@@ -127,8 +130,28 @@ def timings_of(answer: Answer) -> dict[str, float | int]:
     }
 
 
+@lru_cache(maxsize=8)
+def _longest_token(tokenizer: Tokenizer) -> int:
+    """Bytes of the longest token."""
+    return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+
+
+def refuse_endless(loaded: Loaded, texts: Iterable[str]) -> None:
+    """ContextError for texts that cannot fit, whatever their tokens: it would take seconds to learn their number.
+
+    Space is not counted, since there are tokens that swallow it.
+    """
+    least = sum(len("".join(text.split())) for text in texts) // _longest_token(loaded.llm.tokenizer)
+    if least > loaded.llm.context:
+        raise ContextError(
+            f"a prompt of at least {least} tokens does not fit the context of {loaded.llm.context}; shorten it"
+        )
+
+
 async def read_prompt(loaded: Loaded, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a long text takes a while, so outside the event loop."""
+    if isinstance(prompt, str):
+        refuse_endless(loaded, [prompt])
     ids = await asyncio.to_thread(loaded.llm.requests.ids, prompt)
     if not ids:
         raise Failure(400, "the prompt is empty; give at least one token", "prompt")
