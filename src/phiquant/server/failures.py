@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from phiquant.errors import ContextError, QueueFull, RequestError, TemplateError
 
-__all__ = ["Failure", "Family", "body_of", "failure_of", "family_of", "refuse"]
+__all__ = ["ENDING", "Failure", "Family", "body_of", "failure_of", "family_of", "refuse"]
 
 Family = Literal["openai", "anthropic", "ollama", "llama"]
 
@@ -57,6 +57,10 @@ class Failure(Exception):  # noqa: N818 - it is what is answered, too
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
+
+
+ENDING: Final = Failure(503, "the server is shutting down and has ended this request", retry_after=10)
+"""What requests are told that are cancelled at the end."""
 
 
 def refuse(message: str, param: str | None = None, code: str | None = None) -> Failure:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from phiquant.completion import Completion, CompletionChunk, Options
 from phiquant.engine import TokenLogprob
-from phiquant.server.failures import Failure
+from phiquant.server.failures import ENDING
 from phiquant.server.hosting import Loaded
 from phiquant.server.logs import Record
 from phiquant.text.tool_reader import CallArguments, CallBegun, Content, ToolReader
@@ -138,7 +138,7 @@ async def events(loaded: Loaded, work: Work, record: Record) -> AsyncGenerator[E
                         yield CallDelta(choice, item.call, item.text)
             if chunk.completion is not None:
                 if chunk.completion.finish_reason == "cancelled":
-                    raise Failure(503, "the server ended this request because it is shutting down")
+                    raise ENDING.with_traceback(None)  # the same every time
                 usage = chunk.completion.usage
                 record.prompt_tokens += usage.prompt_tokens
                 record.cached_tokens += usage.cached_tokens

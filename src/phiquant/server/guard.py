@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phiquant.server.failures import Failure, body_of, failure_of, family_of
+from phiquant.server.failures import ENDING, Failure, body_of, failure_of, family_of
 from phiquant.server.logs import Record
 from phiquant.server.settings import LOCAL, Settings
 
@@ -79,6 +79,11 @@ class Guard:
             if scope["method"] == "POST":
                 receive = await self._body(headers, receive)
             await self._app(scope, receive, answer)
+        except asyncio.CancelledError:  # the server ends, and has no more time for this; nobody waits for the task
+            record.finish = "cancelled"
+            if not record.status:
+                ending = failure_of(ENDING)
+                await _respond(answer, ending.status, body_of(ending, family_of(scope["path"])), ending.headers)
         except Exception as error:
             failure = failure_of(error)
             record.error = failure.message

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from phiquant.server.failures import Failure, failure_of
+from phiquant.server.failures import ENDING, Failure, failure_of
 from phiquant.server.guard import RECORD
 from phiquant.server.logs import Record
 
@@ -124,6 +124,12 @@ class Stream(Response):
                 producing.result()
             else:
                 record.finish = "disconnected"
+        except asyncio.CancelledError:
+            await _end(producing, watch)
+            if record.status:
+                await self._piece(send, self._failed(ENDING))
+                await self._piece(send, b"", more=False)
+            raise
         finally:
             await _end(producing, watch)
 
