@@ -43,6 +43,7 @@ DIRECT = {
     },
     "async_llm": {"engine", "text", "completion", "request", "embedding", "llm"},
     "compat": {"llm"},
+    "server": {"gguf", "engine", "text", "completion", "llm", "async_llm"},
     "eval": {"llm"},
     "bench": {"kernels", "llm"},
     "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
@@ -61,13 +62,14 @@ DIRECT = {
         "eval",
         "bench",
         "calibrate",
+        "server",
     },
 }
 OUTSIDE = {
     "__init__": {"llm", "async_llm", "completion", "engine", "text"},
     "__main__": {"cli"},
 }  # the package's own front doors
-ORACLES = {"torch", "transformers", "gguf", "openai", "mlx_lm", "llama_cpp"}  # for tests only
+ORACLES = {"torch", "transformers", "gguf", "openai", "anthropic", "ollama", "mlx_lm", "llama_cpp"}  # for tests only
 # What a caller asks for by name: objects of a package that he must have.
 ON_REQUEST = {"compat/llama_cpp/chats.py": {"openai"}}
 # Programs that another Python runs: the package never imports them, and they import nothing of it.
@@ -78,6 +80,11 @@ HEAVY = {  # libraries that one room owns
     "jinja2": {"text"},
     "llguidance": {"text"},
     "huggingface_hub": {"compat", "hub"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "pydantic": {"server"},
+    "uvicorn": {"server"},
+    "prometheus_client": {"server"},
     "typer": {"cli"},
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},

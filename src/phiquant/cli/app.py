@@ -28,6 +28,7 @@ VERBS = {
     "list": "List the models in the cache of the Hugging Face Hub.",
     "rm": "Remove models from that cache.",
     "run": "Generate text, or chat, with a GGUF model.",
+    "serve": "Serve models over HTTP to clients of OpenAI, Anthropic, llama.cpp and Ollama.",
     "perplexity": "Measure how well a model predicts a text, alone or beside a base.",
     "certify": "Compare a file's predictions with those of transformers on its checkpoint.",
     "bench": "Measure the speed of models, beside the machine's limits and llama-bench.",

@@ -29,12 +29,12 @@ from phiquant.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-__all__ = ["Constraint", "Constraints", "Grammar"]
+__all__ = ["JSON_BLANK", "Constraint", "Constraints", "Grammar"]
 
 Kind = Literal["json_schema", "regex", "lark", "gbnf"]
 
 # What may stand between the parts of JSON. Without a bound a model that likes blanks never comes to an end.
-_BLANK: Final = r"( |\n{1,2}[ \t]{0,20})?"
+JSON_BLANK: Final = r"( |\n{1,2}[ \t]{0,20})?"
 
 MOST_TEXT: Final = 1 << 20  # characters of a grammar
 
@@ -164,7 +164,7 @@ def _compiled(grammar: Grammar) -> str:
 
     try:
         if grammar.kind == "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": _BLANK})
+            return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": JSON_BLANK})
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         if grammar.kind == "lark":

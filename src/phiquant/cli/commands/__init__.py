@@ -12,6 +12,7 @@ __all__ = ["GROUPS"]
 GROUPS = {
     "files": ("convert", "quantize", "split", "merge", "verify", "inspect"),
     "models": ("run", "bench", "doctor"),
+    "serving": ("serve",),
     "measures": ("imatrix", "perplexity", "certify"),
     "hub": ("pull", "list", "rm"),
 }

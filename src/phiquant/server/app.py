@@ -1,0 +1,96 @@
+"""The application: all endpoints, behind the guard."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from phiquant import __version__
+from phiquant.server import (
+    anthropic,
+    llama_cpp,
+    logs,
+    metrics,
+    models,
+    ollama,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+    page,
+)
+from phiquant.server.failures import failure_of
+from phiquant.server.guard import Guard
+from phiquant.server.hosting import Hosting
+from phiquant.server.logs import Record
+from phiquant.server.service import Service
+from phiquant.server.settings import Settings
+
+__all__ = ["create_app"]
+
+
+def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
+    """The server of `settings` as an ASGI application; `hosting` may be given to bring models of another kind."""
+    hosting = hosting or Hosting(settings.models, idle_timeout=settings.idle_timeout)
+    service = Service(settings, hosting)
+    counters = metrics.Counters(hosting)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        hosting.start()
+        try:
+            yield
+        finally:
+            await hosting.close()
+
+    app = FastAPI(
+        title="phiquant",
+        version=__version__,
+        summary="Microsoft's Phi models at the addresses that clients of OpenAI, Anthropic, llama.cpp and Ollama know",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+        responses=_RESPONSES,
+    )
+    for module in (openai_chat, openai_completions, openai_responses, openai_embeddings, anthropic, llama_cpp, ollama):
+        app.include_router(module.routes(service))
+    app.include_router(models.routes(service))
+    if settings.metrics:
+        app.include_router(metrics.routes(counters))
+    public = page.mount(app)
+    for kind in (RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _raise)
+    app.add_middleware(Guard, settings=settings, public=public, done=_teller(settings, counters))
+    return app
+
+
+async def _raise(request: Request, error: Exception) -> Response:
+    """To the guard, which answers what goes wrong, whatever it is."""
+    raise failure_of(error)
+
+
+def _teller(settings: Settings, counters: metrics.Counters) -> Callable[[Record], None]:
+    def done(record: Record) -> None:
+        counters.count(record)
+        logs.log(record, settings.log_format)
+
+    return done
+
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request cannot be served; the message says why."},
+    401: {"description": "A key is needed."},
+    403: {"description": "The Host or the Origin is not one that may ask."},
+    404: {"description": "There is no such model."},
+    408: {"description": "The body took too long."},
+    413: {"description": "The body is too large."},
+    415: {"description": "The body is not JSON."},
+    429: {"description": "Too many requests wait; Retry-After says when to come again."},
+}
