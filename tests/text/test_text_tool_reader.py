@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phiquant.text.tool_reader import CallArguments, CallBegun, Content, Found, ToolReader
@@ -132,6 +132,7 @@ PIECES = [
 ]
 
 
+@settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from([*PIECES, "<tool_call>", "functools", "```json", "\n", "\\", '"', "1", "ONE", ONE])))
 def test_any_words_read_the_same_however_they_are_cut(parts: list[str]) -> None:
     text = "".join(parts)

@@ -116,3 +116,6 @@ def set_up(form: str, *, quiet: bool = False) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING if quiet else level)
+    logging.getLogger("asyncio").setLevel(
+        logging.ERROR
+    )  # it warns of every client that leaves in the midst of an answer

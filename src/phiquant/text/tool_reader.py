@@ -105,16 +105,16 @@ class ToolReader:
             self._begin(len(self._held) - len(seen), "", marked=False)
         elif seen.startswith(_WORD + "["):
             self._begin(len(self._held) - len(seen) + len(_WORD), "", marked=True)
-        elif not (_WORD + "[").startswith(seen):
+        elif (mark := _mark_of(seen)) is not None:
+            self._begin(len(self._held) - len(seen) + len(mark), _MARKS[mark], marked=True)
+        elif not any(known.startswith(seen) for known in (_WORD + "[", *_MARKS)):
             self._state = "text"
 
     def _text(self, found: list[Found]) -> None:
         """Words; a mark may come anywhere."""
         at, mark = min(((at, mark) for mark in _MARKS if (at := self._held.find(mark)) >= 0), default=(-1, ""))
         if at >= 0:
-            words = self._held[:at]
-            if words.strip():
-                found.append(Content(words))
+            found.append(Content(self._held[:at]))
             self._held = self._held[at:]
             self._begin(len(mark), _MARKS[mark], marked=True)
             return
@@ -162,8 +162,9 @@ class ToolReader:
         seen = self._held.lstrip(_SPACE)
         if self._end and seen.startswith(self._end):
             self._held, self._end = seen[len(self._end) :], ""
-        elif seen and not (self._end and self._end.startswith(seen)):
-            self._held = seen if any(mark.startswith(seen[: len(mark)]) for mark in _MARKS) else self._held
+        elif _mark_of(seen) is not None:
+            self._held, self._state = seen, "text"
+        elif not any(mark.startswith(seen) for mark in (self._end, *_MARKS)):
             self._state = "text"
 
 
@@ -351,6 +352,11 @@ def _decoded(text: str) -> str:
         return str(json.loads(f'"{text}"', strict=False))
     except ValueError:
         raise _NoCall from None
+
+
+def _mark_of(text: str) -> str | None:
+    """The mark that a text begins with."""
+    return next((mark for mark in _MARKS if text.startswith(mark)), None)
 
 
 def _overlap(text: str, mark: str) -> int:
