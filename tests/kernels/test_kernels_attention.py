@@ -354,6 +354,20 @@ def test_tiles_cover_every_token_once_and_begin_with_the_heaviest() -> None:
         assert c == (high + 1) * n * 2
 
 
+@pytest.mark.parametrize("sparse", [BlockSparse(64, 4, 8), BlockSparse(16, 1, 3), BlockSparse(64, 16, 1)])
+def test_keys_that_sparse_attention_is_expected_to_meet_are_those_of_the_pattern_to_a_block(
+    sparse: BlockSparse,
+) -> None:
+    positions, out = np.arange(1500, dtype=np.int32), np.zeros((1500, 4), np.int32)
+    count, _ = attention.tile(positions, np.zeros(1500, np.int32), 2, 0, out)
+    last = out[:count, 3]
+    heads, own, theirs = np.arange(sparse.stride), last[:, None] // sparse.block, np.arange(1500) // sparse.block
+    remote = (theirs[:, None] + heads + 1) % sparse.stride == 0
+    seen = ((own - theirs < sparse.local)[:, :, None] | remote) & (np.arange(1500) <= last[:, None])[:, :, None]
+    met = seen.sum(axis=1).mean(axis=1)
+    np.testing.assert_allclose(attention.sparse_share(out[:count], sparse) * (last + 1), met, rtol=0, atol=sparse.block)
+
+
 def test_positions_that_do_not_ascend_are_refused() -> None:
     slots = np.zeros(3, np.int32)
     for positions in ([0, 1, 1], [2, 1, 3]):

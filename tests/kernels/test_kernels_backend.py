@@ -304,6 +304,31 @@ def test_long_steps_are_cut_and_give_the_same_bits(monkeypatch: pytest.MonkeyPat
     executable.close()
 
 
+def test_attention_by_blocks_of_keys_is_expected_to_take_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is not cut into as many parts as if it met all keys."""
+    program, pattern = model(layers=2), ops.BlockSparse(16, 1, 8)
+    _, second = (op for op in program.operations if isinstance(op, ops.Attention))
+    operations = tuple(dataclasses.replace(op, sparse=pattern) if op is second else op for op in program.operations)
+    executable = prepare(dataclasses.replace(program, operations=operations))
+    made = step(program, [(0, 0, 90)])
+    whole = bits(executable.run(made))
+    tiles, costs = executable._load(made)
+    a, threads = program.attention, executable.threads
+    # Dense attention takes four and a half parts.
+    seconds = 8 * a.head_size * a.kv_heads * int(costs.sum()) / (backend_module._PRODUCTS_PER_SECOND * threads)
+    monkeypatch.setattr(backend_module, "_PART_SECONDS", seconds / 4.5)
+    parts = [part for part in executable._parts(90, 90, tiles, costs) if isinstance(part, tuple)]
+    at = [i for mine in executable._attentions.values() for i in mine]
+    ranges = {i: [p[1:] for p in parts if i in p[0]] for i in at}
+    for of_one in ranges.values():
+        assert [begin for begin, _ in of_one] == [0, *(end for _, end in of_one[:-1])]
+        assert of_one[-1][1] == tiles
+    dense, sparse = (len(ranges[i]) for i in at)
+    assert 1 < sparse < dense
+    assert np.array_equal(bits(executable.run(made)), whole)
+    executable.close()
+
+
 def test_cancel_ends_a_step() -> None:
     program = model()
     executable = prepare(program)

@@ -175,3 +175,28 @@ def test_what_a_product_overwrites_is_not_read_by_it_on_the_way() -> None:
     expected = ReferenceBackend().prepare(program, CAPACITY).run(step(program, [(0, 0, 5)]))
     np.testing.assert_allclose(executable.run(step(program, [(0, 0, 5)])), expected, rtol=0, atol=1e-5)
     executable.close()
+
+
+def test_hidden_states_that_a_step_may_ask_for_are_written() -> None:
+    """GELU, then the product that makes logits of it: what lies between is the hidden states."""
+    r = ops.Recorder(ops.AttentionShape(4, 2, 64, 24, 0.125), 1)
+    x, last, act, logits = (
+        r.buffer(n, width, rows)
+        for n, width, rows in (
+            ("x", 256, "tokens"),
+            ("l", 256, "outputs"),
+            ("a", 256, "outputs"),
+            ("y", 101, "outputs"),
+        )
+    )
+    r.embed(weight("token_embd", (101, 256), F32, 9, 16.0), x)
+    r.select(x, last)
+    r.gelu(last, act)
+    r.matmul(weight("output", (101, 256), F32, 1), act, logits)
+    program = r.finish(logits)
+    assert program.hidden is act
+    executable, reference = prepare(program), ReferenceBackend().prepare(program, CAPACITY)
+    for hidden in (True, False):
+        made = dataclasses.replace(step(program, [(0, 0, 5)]), hidden=hidden)
+        np.testing.assert_allclose(executable.run(made), reference.run(made), rtol=0, atol=1e-5)
+    executable.close()

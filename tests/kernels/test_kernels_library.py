@@ -234,7 +234,7 @@ def test_different_kernels_are_made_at_one_time(compiled: list[str]) -> None:
 def test_what_threads_compile_side_by_side_is_what_one_compiles_alone() -> None:
     """Real kernels, twice each and again and again: LLVM is in use by all threads, past llvmlite's lock."""
     t = host()
-    bodies = [matmul_tiles.body(matmul.FORMATS[kind], t) for kind in (GGMLType.F16, GGMLType.Q8_0)]
+    bodies = [matmul_tiles.body(matmul.FORMATS[kind]) for kind in (GGMLType.F16, GGMLType.Q8_0)]
     bodies += [activations.body(matmul.FORMATS[kind].activations) for kind in (GGMLType.Q4_0, GGMLType.Q4_K)]
     bodies += [pack._body(matmul.FORMATS[kind]) for kind in (GGMLType.Q4_0, GGMLType.Q6_K, GGMLType.F32)]
 

@@ -235,7 +235,7 @@ def _at_fence(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
 @every_type
 def test_intended_instructions(kind: GGMLType, each_target: Target) -> None:
     lowering, f = each_target.lowering, matmul.FORMATS[kind]
-    text = library.emit_assembly("matmul", 4, matmul_tiles.body(f, each_target), each_target)
+    text = library.emit_assembly("matmul", 4, matmul_tiles.body(f), each_target)
     found = {name for name in ("vpdpbusd", "pmaddubsw", "pmaddwd", "vfmadd") if name in text}
     if not kind.is_quantized:
         assert found == ({"vfmadd"} if lowering.startswith("avx") else set())
@@ -336,6 +336,13 @@ def test_refuses_what_does_not_fit(machine: Any) -> None:
     ):
         with pytest.raises(KernelError, match=complaint):
             bind(**wrong)  # type: ignore[arg-type]
+
+
+def test_refuses_panels_without_room() -> None:
+    weight = random_weight(GGMLType.Q4_K, 33, 256, np.random.default_rng(7))
+    room = np.zeros(matmul.panels_bytes(matmul.outline(weight)) - 1, np.uint8)
+    with pytest.raises(KernelError, match=f"33 rows of Q4_K need {room.size + 1} bytes where there are {room.size}"):
+        matmul.prepare(weight, out=room)
 
 
 def test_refuses_types_without_a_kernel() -> None:

@@ -99,8 +99,8 @@ def test_what_is_within_the_jitter_is_told_to_the_last_bit(machine) -> None:
     np.testing.assert_allclose(made.weights, weights[:, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_no_number_is_chosen_first_and_weighs_none(machine, bad: float) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_chosen_first_or_last_and_weighs_none(machine, bad: float) -> None:
     rng = np.random.default_rng(4)
     logits = rng.standard_normal((64, 6)).astype(np.float32)
     logits[rng.random(logits.shape) < 0.3] = bad
@@ -119,6 +119,9 @@ def test_experts_are_different_ones_whatever_the_logits(machine) -> None:
     logits = rng.choice(np.array([-np.inf, np.inf, np.nan, 0, -0.0, 1e-45, -3e38, 3e38], np.float32), (300, 5))
     made = routed(machine, logits, 300, 5, 0.01)
     assert np.array_equal(np.sort(made.chosen.reshape(300, 5), axis=1), np.tile(np.arange(5), (300, 1)))
+    with np.errstate(all="ignore"):
+        chosen, _ = defined(logits, 5, 0.01)
+    assert np.array_equal(made.chosen, chosen.reshape(-1))
     check_order(made, 1500)
 
 

@@ -126,7 +126,7 @@ def test_products_are_dot_instructions(
     """Both ways through a panel: one takes few columns, the other many, and neither multiplies bytes otherwise."""
     target, _ = case
     f = matmul.FORMATS[kind]
-    body = expert_matmul.body(f) if experts else matmul_tiles.body(f, target)
+    body = (expert_matmul if experts else matmul_tiles).body(f)
     assembly = emit_assembly("matmul", 4, body, target)
     multiplied = r"^\s+((?:\{vex\}\s+)?(?:u?sdot|us?mmla|smmla|v?pdpbusds?|v?pmaddubsw)\b.*)$"
     found = re.findall(multiplied, assembly, re.MULTILINE)

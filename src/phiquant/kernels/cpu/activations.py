@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from .emit import F32, I8, I16, I32, I64, Emitter, Value, vec
 from .library import function
-from .operation import Arguments, NativeOp, Region, tickets
-from .pointwise import Pointwise, float_bits
+from .operation import Arguments, NativeOp, Region, float_bits, tickets
+from .pointwise import Pointwise
 from .route import Routes
 from .simd import concatenate, dot_quads, float_to_bfloat, nearest_int, reduce
 from .target import Target

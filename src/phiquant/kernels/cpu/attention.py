@@ -30,15 +30,15 @@ from ..ops import BlockSparse
 from .attention_kernel import ARGS, Kernel
 from .attention_passes import GROUP, memory_bytes
 from .attention_sparse import SparseKernel
-from .attention_tiles import tile, tile_tokens
+from .attention_tiles import sparse_share, tile, tile_tokens
 from .cache import KVCache, StepTables
 from .cache_elements import Elements
 from .emit import I64, Emitter, Value
 from .library import function
-from .operation import NativeOp, Region, StepHeader, aligned, tickets
+from .operation import NativeOp, Region, StepHeader, aligned, float_bits, tickets
 from .target import Target, host
 
-__all__ = ["HEAD_SIZES", "bind", "scratch", "tile"]
+__all__ = ["HEAD_SIZES", "bind", "scratch", "sparse_share", "tile"]
 
 HEAD_SIZES = tuple(range(16, 257, 16))
 """Channels of a head that there are kernels for."""
@@ -103,7 +103,7 @@ def bind(
         first_tile=header.address("first_tile"), last_tile=header.address("last_tile"),
         cache=cache.layers[layer].ctypes.data, page_bytes=cache.page_bytes, plane_bytes=cache.plane_bytes,
         page_tokens=cache.page_tokens, kv_heads=shape.kv_heads, group=shape.heads // shape.kv_heads,
-        scale=int(np.float32(shape.scale).view(np.int32)), window=shape.window or _UNLIMITED,
+        scale=float_bits(shape.scale), window=shape.window or _UNLIMITED,
         scratch=memory.ctypes.data, scratch_bytes=_scratch_bytes(cache), rows=_rows(cache),
         sparse_block=pattern.block, sparse_local=pattern.local, sparse_stride=pattern.stride,
     )  # fmt: skip

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import KernelError
+from ..ops import BlockSparse
 
-__all__ = ["tile", "tile_tokens"]
+__all__ = ["sparse_share", "tile", "tile_tokens"]
 
 _TILE_ROWS = 32
 
@@ -49,3 +50,11 @@ def tile(
     order = np.argsort(-cost, kind="stable")
     out[: len(first)] = np.stack([first, last - first, low, high], axis=1)[order]
     return len(first), cost[order]
+
+
+def sparse_share(tiles: NDArray[np.int32], sparse: BlockSparse) -> NDArray[np.float64]:
+    """About the share of the keys up to the last token of each tile that are met where heads see some blocks only."""
+    keys = tiles[:, 3] + 1.0
+    near = np.minimum(keys, sparse.local * sparse.block)
+    share: NDArray[np.float64] = (near + (keys - near) / sparse.stride) / keys
+    return share

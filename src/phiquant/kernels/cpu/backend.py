@@ -90,7 +90,7 @@ class CpuExecutable:
         self._keep = made
         natives: list[NativeOp] = []
         costs: list[_Cost] = []
-        self._attentions: list[int] = []
+        self._attentions: dict[ops.BlockSparse | None, list[int]] = {}  # native operations that see the same keys
         self._segments: list[Embedding | range] = []
         for op, bound in zip(made.program.operations, made.bound, strict=True):
             if isinstance(bound, Embedding):
@@ -101,7 +101,7 @@ class CpuExecutable:
                 start = last.start
                 self._segments.pop()
             if isinstance(op, ops.Attention):
-                self._attentions.append(len(natives))
+                self._attentions.setdefault(op.sparse, []).append(len(natives))
             natives += bound
             costs += _cost(op, len(bound), made.program.routes)
             self._segments.append(range(start, len(natives)))
@@ -170,13 +170,15 @@ class CpuExecutable:
         rows = np.where(self._of_outputs, m, n)
         nbytes = self._bytes * (1 - self._spared**rows)
         seconds = np.where(rows > 0, np.maximum(nbytes / _BYTES_PER_SECOND, self._products * rows / speed), 0)
-        per_tile = 8 * shape.head_size * shape.kv_heads * tile_costs / speed
-        attending = float(per_tile.sum())
-        seconds[self._attentions] = attending
-        # Attention to many keys is divided into ranges of tiles.
-        alone = set(self._attentions) if attending > _PART_SECONDS else set()
-        ends = np.flatnonzero(np.diff(np.cumsum(per_tile) // _PART_SECONDS)) + 1
-        ranges = list(zip([0, *ends.tolist()], [*ends.tolist(), tiles], strict=True))
+        dense = 8 * shape.head_size * shape.kv_heads * tile_costs / speed
+        alone: dict[int, list[tuple[int, int]]] = {}  # attention to many keys is divided into ranges of tiles
+        for sparse, mine in self._attentions.items():
+            per_tile = dense if sparse is None else dense * attention.sparse_share(self._tables.tiles[:tiles], sparse)
+            seconds[mine] = attending = float(per_tile.sum())
+            if attending > _PART_SECONDS:
+                ends = np.flatnonzero(np.diff(np.cumsum(per_tile) // _PART_SECONDS)) + 1
+                ranges = list(zip([0, *ends.tolist()], [*ends.tolist(), tiles], strict=True))
+                alone.update((i, ranges) for i in mine)
         costs = seconds.tolist()
         for segment in self._segments:
             if isinstance(segment, Embedding):
@@ -190,7 +192,7 @@ class CpuExecutable:
                     yield range(start, i), 0, tiles
                     start, spent = i, 0.0
                 if i in alone:
-                    for first, last in ranges:
+                    for first, last in alone[i]:
                         yield range(i, i + 1), first, last
                     start = i + 1
                 else:

@@ -114,25 +114,21 @@ def bind(
     """
     f, target = packed.format, packed.target
     buffers = np.empty(0, np.uint8) if buffers is None else buffers
-    needed = scratch_bytes(packed, routes.capacity)
     divisor = 1 if x.count == routes.count else routes.used
-    inputs = packed.columns * (before.parts if before else 1)
-    fits = (
-        (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
+    matmul.check(
+        packed,
+        x,
+        out,
         (packed.matrices == routes.experts, f"its {packed.matrices} matrices meet {routes.experts} experts"),
-        (x.width == inputs, f"its {packed.columns} inputs meet rows of {x.width}"),
-        (out.width == packed.rows, f"its {packed.rows} outputs meet rows of {out.width}"),
         (x.capacity * divisor >= routes.capacity, f"{routes.capacity} routes meet {x.capacity} rows of inputs"),
         (out.capacity >= routes.capacity, f"{routes.capacity} routes meet {out.capacity} rows of outputs"),
         (out.count == routes.count, "routes and outputs differ in their number"),
-        (not np.may_share_memory(x.array, out.array), "inputs and outputs overlap"),
-        (scratch.dtype == np.uint8 and scratch.flags.c_contiguous, "scratch memory must be contiguous bytes"),
-        (buffers.size >= matmul.buffer_bytes(packed, threads), "there is no room to pack panels"),
-        (scratch.size >= needed, f"it needs {needed} bytes of scratch memory where there are {scratch.size}"),
+        scratch=scratch,
+        needed=scratch_bytes(packed, routes.capacity),
+        threads=threads,
+        buffers=buffers,
+        before=before,
     )
-    for holds, complaint in fits:
-        if not holds:
-            raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
     name = f"expert_matmul.{packed.kind}" + ("" if packed.panels else ".unpacked")
     multiply = function(name, 4, body(f, packed=packed.panels), target)

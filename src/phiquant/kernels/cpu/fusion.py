@@ -22,7 +22,7 @@ def done_before(program: ops.Program) -> dict[int, ops.SwiGLU | ops.GELU | ops.G
         if not isinstance(op, ops.SwiGLU | ops.GELU | ops.GeGELU):
             continue
         if isinstance(after, ops.MatMul | ops.ExpertMatMul) and after.x is op.out:
-            wanted = op.out is program.logits or read(op.out, operations[i + 2 :])
+            wanted = op.out in (program.logits, program.hidden) or read(op.out, operations[i + 2 :])
             if not wanted and after.out.base is not op.x:  # which the multiplication then reads
                 found[id(after)] = op
     return found

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from ...errors import KernelError
 from .emit import F32, I32, I64, Emitter, Value, Variable, vec
 from .library import function
-from .operation import Arguments, NativeOp, Region, tickets
-from .pointwise import float_bits
+from .operation import Arguments, NativeOp, Region, float_bits, tickets
 from .simd import multiply_add, reduce
 from .target import Target, host
 

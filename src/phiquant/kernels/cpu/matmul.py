@@ -42,6 +42,7 @@ __all__ = [
     "Packed",
     "bind",
     "buffer_bytes",
+    "check",
     "outline",
     "packing_kernel",
     "panels_bytes",
@@ -211,28 +212,22 @@ def bind(
     """
     f, target = packed.format, packed.target
     buffers = np.empty(0, np.uint8) if buffers is None else buffers
-    needed = scratch_bytes(packed, x.capacity)
-    parts = before.parts if before else 1
-    fits = (
-        (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
-        (x.width == packed.columns * parts, f"its {packed.columns} inputs meet rows of {x.width}"),
-        (out.width == packed.rows, f"its {packed.rows} outputs meet rows of {out.width}"),
-        (
-            bias is None or (bias.dtype == np.float32 and bias.shape == (packed.rows,)),
-            f"its {packed.rows} outputs need as many float32 biases",
-        ),
+    biased = bias is None or (bias.dtype == np.float32 and bias.shape == (packed.rows,))
+    check(
+        packed,
+        x,
+        out,
+        (biased, f"its {packed.rows} outputs need as many float32 biases"),
         (out.capacity >= x.capacity and x.count == out.count, "inputs and outputs differ in their number of rows"),
-        (not np.may_share_memory(x.array, out.array), "inputs and outputs overlap"),
-        (scratch.dtype == np.uint8 and scratch.flags.c_contiguous, "scratch memory must be contiguous bytes"),
-        (buffers.size >= buffer_bytes(packed, threads), "there is no room to pack panels"),
-        (scratch.size >= needed, f"it needs {needed} bytes of scratch memory where there are {scratch.size}"),
+        scratch=scratch,
+        needed=scratch_bytes(packed, x.capacity),
+        threads=threads,
+        buffers=buffers,
+        before=before,
     )
-    for holds, complaint in fits:
-        if not holds:
-            raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
     form, panel_bytes = f.activations, f.panel_bytes(packed.columns)
     name = f"matmul.{packed.kind}" + ("" if packed.panels else ".unpacked")
-    multiply = function(name, 4, matmul_tiles.body(f, target, packed=packed.panels), target)
+    multiply = function(name, 4, matmul_tiles.body(f, packed=packed.panels), target)
     panels = -(-packed.rows // LANES)
     start = aligned(4 * LANES * (1 if bias is None else panels)).view(np.float32)
     if bias is not None:
@@ -256,6 +251,38 @@ def bind(
     )
     product = NativeOp(multiply, block, (packed.data, scratch, out.array, buffers, start))
     return [product] if rounded else [activations.bind(form, x, scratch, packed.columns, before, target), product]
+
+
+def check(
+    packed: Packed,
+    x: Region,
+    out: Region,
+    *more: tuple[bool, str],
+    scratch: NDArray[np.uint8],
+    needed: int,
+    threads: int,
+    buffers: NDArray[np.uint8],
+    before: Pointwise | None,
+) -> None:
+    """Refuse what does not fit a product, dense or of experts, whose arguments are as for `bind`.
+
+    `needed` are bytes of scratch memory; `more` says what else must hold, and what is wrong where it does not. Errors:
+    KernelError.
+    """
+    inputs = packed.columns * (before.parts if before else 1)
+    fits = (
+        (x.array.dtype == np.float32 == out.array.dtype, "activations must be float32"),
+        (x.width == inputs, f"its {packed.columns} inputs meet rows of {x.width}"),
+        (out.width == packed.rows, f"its {packed.rows} outputs meet rows of {out.width}"),
+        *more,
+        (not np.may_share_memory(x.array, out.array), "inputs and outputs overlap"),
+        (scratch.dtype == np.uint8 and scratch.flags.c_contiguous, "scratch memory must be contiguous bytes"),
+        (buffers.size >= buffer_bytes(packed, threads), "there is no room to pack panels"),
+        (scratch.size >= needed, f"it needs {needed} bytes of scratch memory where there are {scratch.size}"),
+    )
+    for holds, complaint in fits:
+        if not holds:
+            raise KernelError(f"cannot multiply by {packed.name}: {complaint}")
 
 
 def ticket_panels(panels: int, panel_bytes: int, threads: int) -> int:

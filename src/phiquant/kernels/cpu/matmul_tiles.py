@@ -97,7 +97,7 @@ class Format(ABC):
         """Emit the same for one panel as it is stored."""
 
 
-def body(f: Format, target: Target, *, packed: bool = True) -> Callable[..., None]:
+def body(f: Format, *, packed: bool = True) -> Callable[..., None]:
     """The kernel of a format: out [count, rows] (+)= bias + x [count, columns] times the transposed weights.
 
     `weights` are panels, or with `packed` false rows of the file; `buffers` then holds as many panels for each thread

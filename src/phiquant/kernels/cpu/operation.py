@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...errors import KernelError
 from .emit import I64, Emitter, Value
 
-__all__ = ["ERROR_OFFSET", "Arguments", "NativeOp", "Region", "StepHeader", "aligned", "tickets"]
+__all__ = ["ERROR_OFFSET", "Arguments", "NativeOp", "Region", "StepHeader", "aligned", "float_bits", "tickets"]
 
 ERROR_OFFSET = 8
 
@@ -108,6 +108,11 @@ class Arguments:
     def read_all(self, e: Emitter, block: Value, names: Sequence[str] | None = None) -> list[Value]:
         """Load several words, all in declared order by default."""
         return [self.read(e, block, n) for n in names or self.names]
+
+
+def float_bits(value: float) -> int:
+    """A float32 as the low half of a word of arguments."""
+    return int(np.float32(value).view(np.int32))
 
 
 @contextmanager

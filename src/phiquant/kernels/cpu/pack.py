@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import KernelError
 from .emit import Emitter, Value
 from .library import function
 from .matmul_tiles import LANES, Format
@@ -60,10 +61,16 @@ def pack(
     threads: int,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Panels of a matrix of which `data` holds the rows as the file does; in `out`, just as large, if it is given."""
+    """Panels of a matrix of which `data` holds the rows as the file does; in `out`, if it is given.
+
+    Errors: KernelError if `out` is too small.
+    """
     panels, panel_bytes = -(-rows // LANES), f.panel_bytes(columns)
+    size = panels * panel_bytes
     if out is None:
-        out = aligned(panels * panel_bytes + SLACK)
+        out = aligned(size + SLACK)
+    if out.size < size:
+        raise KernelError(f"panels of {rows} rows of {name} need {size} bytes where there are {out.size}")
     block = _ARGUMENTS.pack(
         weights=data.ctypes.data,
         out=out.ctypes.data,

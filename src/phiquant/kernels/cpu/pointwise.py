@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from ...errors import KernelError
 from .emit import F32, I32, I64, Emitter, Value, vec
 from .library import function
-from .operation import Arguments, NativeOp, Region, tickets
+from .operation import Arguments, NativeOp, Region, float_bits, tickets
 from .target import Target, host
 
-__all__ = ["Pointwise", "bind", "body", "float_bits"]
+__all__ = ["Pointwise", "bind", "body"]
 
 ARGS = Arguments("count", "x", "out", "width", "pieces", "limit")
 _LANES, _PIECE = 16, 1024  # channels of a ticket: a row of a large model is shared out, a ticket costs under 1 %
@@ -39,11 +37,6 @@ class Pointwise:
     parts: int
     apply: Callable[..., Value]
     limit: float = 0.0
-
-
-def float_bits(value: float) -> int:
-    """A float32 as the low half of a word of arguments."""
-    return int(np.float32(value).view(np.int32))
 
 
 def bind(f: Pointwise, x: Region, out: Region, target: Target | None = None) -> NativeOp:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ...errors import KernelError
 from .emit import F32, I32, I64, Emitter, Value, vec
 from .library import function
-from .operation import Arguments, NativeOp, Region, tickets
+from .operation import Arguments, NativeOp, Region, float_bits, tickets
 from .simd import multiply_add, reduce
 from .target import Target, host
 
@@ -25,9 +25,13 @@ def bind(x: Region, weight: NDArray[np.float32], epsilon: float, out: Region, ta
     if x.capacity > out.capacity:
         raise KernelError("a norm has room for fewer rows of results than it reads")
     weight = weight.copy()  # not read from the file again
-    bits = int(np.float32(epsilon).view(np.int32))
     block = ARGS.pack(
-        count=x.count, x=x.address, weight=weight.ctypes.data, out=out.address, width=x.width, epsilon=bits
+        count=x.count,
+        x=x.address,
+        weight=weight.ctypes.data,
+        out=out.address,
+        width=x.width,
+        epsilon=float_bits(epsilon),
     )
     return NativeOp(function("rms_norm", 4, _emit, target or host()), block, (x, weight, out))
 

@@ -53,9 +53,15 @@ class Routes:
         if not 1 <= used <= experts:
             raise KernelError(f"{used} of {experts} experts cannot be chosen")
         room = tokens * used
-        integers, starts = (np.zeros(room, np.int32) for _ in range(2)), np.zeros(experts + 1, np.int64)
-        chosen, order = integers
-        return cls(experts, used, count, chosen, np.zeros(room, np.float32), starts, order)
+        return cls(
+            experts,
+            used,
+            count,
+            chosen=np.zeros(room, np.int32),
+            weights=np.zeros(room, np.float32),
+            starts=np.zeros(experts + 1, np.int64),
+            order=np.zeros(room, np.int32),
+        )
 
     @property
     def capacity(self) -> int:

@@ -209,7 +209,8 @@ class ReferenceExecutable:
         chosen = np.empty((len(logits), op.used), np.int64)
         weights = np.empty((len(logits), op.used))
         for choice in range(op.used):
-            scores = np.where(left, logits, -np.inf)
+            # Below every float32, so that an expert that is left comes before one that is not, even with -inf.
+            scores = np.where(left, np.maximum(logits, np.finfo(np.float64).min), -np.inf)
             expert = chosen[:, choice] = scores.argmax(axis=1)
             top = logits[every, expert][:, None]
             # A top score of zero or below has no relative distance; as in the original, the quotient's sign decides.
