@@ -15,8 +15,8 @@ def stored(name: str, shape: tuple[int, ...], dtype: str = "F32") -> StoredTenso
     return StoredTensor(name, dtype, shape, Path("model.safetensors"), 0, int(np.prod(shape)) * size)
 
 
-A, B = stored("a", (6, 5)), stored("b", (2, 3, 5))
-BYTES = {t.name: np.random.default_rng(len(t.shape)).integers(0, 256, t.nbytes, np.uint8) for t in (A, B)}
+A, B, T = stored("a", (6, 5)), stored("b", (2, 3, 5)), stored("t", (12, 5))
+BYTES = {t.name: np.random.default_rng(len(t.shape)).integers(0, 256, t.nbytes, np.uint8) for t in (A, B, T)}
 
 
 def read(made: Assembly, begin: int, size: int) -> np.ndarray:
@@ -32,10 +32,9 @@ def read(made: Assembly, begin: int, size: int) -> np.ndarray:
 
 def rows_of(part: Rows) -> np.ndarray:
     whole = BYTES[part.tensor.name].reshape(-1, part.row_bytes)
-    if part.turns > 1:
-        order = [part.first + turn + i for i in range(part.count // part.turns) for turn in _starts(part)]
-        return whole[order].reshape(-1)
-    return whole[part.first :: part.step][: part.count].reshape(-1)
+    some = whole[part.first :: part.step][: part.count]
+    order = [turn + i for i in range(part.count // part.turns) for turn in _starts(part)]
+    return some[order].reshape(-1)
 
 
 @pytest.mark.parametrize("begin", [0, 1, 19, 20, 60, 99])
@@ -74,6 +73,19 @@ def test_any_bytes_of_rows_that_are_taken_in_turn(begin: int, size: int) -> None
     assert rows_of(parts[0]).tolist() == BYTES["a"].reshape(6, -1)[[0, 3, 1, 4, 2, 5]].reshape(-1).tolist()
     size = min(size, whole.size - begin)
     assert (read(made, begin, size) == whole[begin : begin + size]).all()
+
+
+@pytest.mark.parametrize("begin", [0, 7, 20, 40])
+@pytest.mark.parametrize("size", [1, 20, 41, 80])
+@pytest.mark.parametrize("chunk", [1, 1 << 21])
+def test_any_bytes_of_picked_rows_that_are_taken_in_turn(
+    begin: int, size: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phiquant.convert.assembly._CHUNK", chunk)
+    part = Rows(T, 1, 4, step=3, turns=2)
+    assert rows_of(part).tolist() == BYTES["t"].reshape(12, -1)[[1, 7, 4, 10]].reshape(-1).tolist()
+    size = min(size, 80 - begin)
+    assert (read(Assembly((4, 5), (part,)), begin, size) == rows_of(part)[begin : begin + size]).all()
 
 
 def test_every_other_number_of_a_vector() -> None:

@@ -99,11 +99,18 @@ def test_unknown_architectures_are_named_with_the_known(name: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lost"), [("Phi3VForCausalLM", "image"), ("Phi4MMForCausalLM", "audio"), ("Phi4FlashForCausalLM", "state")]
+    ("name", "kind", "lost"),
+    [
+        ("Phi3VForCausalLM", "phi3_v", "image"),
+        ("Phi4MMForCausalLM", "phi4mm", "audio"),
+        ("Phi4MultimodalForCausalLM", "phi4_multimodal", "audio"),
+        ("Phi4FlashForCausalLM", "phi4flash", "state"),
+    ],
 )
-def test_siblings_are_refused_with_what_would_be_lost(name: str, lost: str) -> None:
-    with pytest.raises(ArchitectureError, match=f"{name} is not supported yet: its .*{lost}.* planned"):
-        settings_of({**MINI, "architectures": [name]})
+def test_siblings_are_refused_with_what_would_be_lost(name: str, kind: str, lost: str) -> None:
+    for said in ({"architectures": [name]}, {"architectures": None, "model_type": kind}):
+        with pytest.raises(ArchitectureError, match=f"{name} is not supported yet: its .*{lost}.* planned"):
+            settings_of({**MINI, **said})
 
 
 def test_a_config_without_a_class_is_read_by_its_type() -> None:

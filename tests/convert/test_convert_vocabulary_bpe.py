@@ -113,7 +113,7 @@ def test_vocab_json_of_an_unknown_vocabulary(tmp_path: Path, byte_level: Callabl
     with pytest.raises(CheckpointError, match="a merge has two parts"):
         keys(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": "b"}')
-    with pytest.raises(CheckpointError, match="no id"):
+    with pytest.raises(CheckpointError, match=r"vocab\.json gives token 'a' the id 'b', which is no id"):
         keys(tmp_path)
 
 
@@ -313,6 +313,25 @@ class TestConflicts:
         with pytest.raises(CheckpointError, match=words):
             keys(directory)
 
+    @pytest.mark.parametrize(
+        ("listed", "words"),
+        [
+            ({"<|other|>": 1503}, r"added_tokens\.json names token 1503 '<\|other\|>', tokenizer\.json '<\|im_start"),
+            (
+                {"<|im_start|>": 1599},
+                r"added_tokens\.json gives token '<\|im_start\|>' the id 1599, tokenizer\.json 1503",
+            ),
+            ({"<|z|>": 3}, r"added_tokens\.json gives token '<\|z\|>' the id 3, which the vocabulary gives"),
+        ],
+    )
+    def test_added_tokens_json_that_disagrees(
+        self, tmp_path: Path, byte_level: Callable[[str], dict[str, Any]], listed: dict[str, int], words: str
+    ) -> None:
+        directory = write(tmp_path, byte_level("phi-4"))
+        (directory / "added_tokens.json").write_text(json.dumps(listed))
+        with pytest.raises(CheckpointError, match=words):
+            keys(directory)
+
     def test_attributes_are_tokenizer_jsons(self, tmp_path: Path, byte_level: Callable[[str], dict[str, Any]]) -> None:
         decoder = {"1503": {"content": "<|im_start|>", "lstrip": False, "rstrip": False, "special": True}}
         found = keys(write(tmp_path, byte_level("phi-4"), added_tokens_decoder=decoder))
@@ -351,3 +370,11 @@ def test_a_byte_level_post_processor_adds_nothing(tmp_path: Path, byte_level: Ca
     assert keys(write(tmp_path, state, add_bos_token=True))["tokenizer.ggml.add_bos_token"] is True
     assert np.array_equal(keys(write(tmp_path, state))["tokenizer.ggml.tokens"][:1], ["!"])
     assert CHARACTERS[0x21] == "!"
+
+
+@pytest.mark.parametrize("steps", [7, {"type": "Sequence"}, {"type": "Sequence", "processors": [7, {"single": 7}]}])
+def test_a_post_processor_that_is_none_adds_nothing(
+    tmp_path: Path, byte_level: Callable[[str], dict[str, Any]], steps: Any
+) -> None:
+    found = keys(write(tmp_path, {**byte_level("phi-4"), "post_processor": steps}))
+    assert "tokenizer.ggml.add_bos_token" not in found

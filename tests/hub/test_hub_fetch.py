@@ -57,6 +57,16 @@ def test_of_a_checkpoint_only_what_is_needed_is_fetched(hub: Hub, tmp_path: Path
     assert lines[0] == "planned Phi-test 3001000"
 
 
+def test_what_two_files_share_is_fetched_and_counted_once(hub: Hub, tmp_path: Path) -> None:
+    files = hub.repositories["org/Phi-test"]
+    one, same = "model-00001-of-00002.safetensors", "model-copy.safetensors"
+    hub.repositories["org/Phi-test"] = {**files, same: files[one]}
+    lines = call("resolve", "org/Phi-test", hub, tmp_path)
+    assert lines[:-1] == ["planned Phi-test 3001000", "resumed 0", "resumed 0"]
+    assert (Path(lines[-1]) / same).read_bytes() == files[one]
+    assert hub.gets(same) == []
+
+
 def test_a_quant_is_fetched_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
     path = Path(call("gguf", "org/Phi-test-GGUF:q8_0", hub, tmp_path)[-1])
     data = hub.repositories["org/Phi-test-GGUF"]["Phi-test-Q8_0.gguf"]

@@ -23,7 +23,32 @@ def test_a_longer_breaker_may_begin_within_a_token(tokenizer: Tokenizer) -> None
     assert any(head == newline and tail for head, tail in found)
 
 
+def test_what_is_found_is_what_every_token_and_every_breaker_give(tokenizer: Tokenizer) -> None:
+    texts = ["\n\n", "\n\n\nQ", ".\n", "the end", "日本", "e"]
+    expected: set[tuple[int, tuple[int, ...]]] = set()
+    for token in range(tokenizer.vocab_size):
+        piece = tokenizer.token_bytes(token)
+        for text in map(str.encode, texts):
+            if text in piece:
+                expected.add((token, ()))
+                continue
+            for size in range(1, len(text)):
+                if piece.endswith(text[:size]):
+                    rest = text[size:].decode(errors="ignore")
+                    expected.add((token, tuple(tokenizer.encode_continuation(rest))))
+    found = breakers(tokenizer, texts)
+    assert len(found) == len(expected) > 1000
+    assert set(found) == expected
+    assert breakers(tokenizer, []) == ()
+
+
 @pytest.mark.parametrize("text", ["", "x" * 41])
 def test_a_breaker_has_a_sensible_length(tokenizer: Tokenizer, text: str) -> None:
-    with pytest.raises(RequestError, match="from 1 to 40"):
+    with pytest.raises(RequestError, match=f"from 1 to 40 characters; '{text}' has {len(text)}"):
         breakers(tokenizer, [text])
+    assert breakers(tokenizer, ["日" * 40])  # characters, not bytes
+
+
+def test_a_breaker_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match=r"character 0 is U\+D800"):
+        breakers(tokenizer, ["\ud800"])

@@ -58,6 +58,10 @@ _MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
         "phi": "PhiForCausalLM",
         "phi-msft": "PhiForCausalLM",
         "mixformer-sequential": "MixFormerSequentialForCausalLM",
+        "phi3_v": "Phi3VForCausalLM",
+        "phi4mm": "Phi4MMForCausalLM",
+        "phi4_multimodal": "Phi4MultimodalForCausalLM",
+        "phi4flash": "Phi4FlashForCausalLM",
     }
 )
 """By `model_type`, for a config.json that names no class."""

@@ -27,8 +27,7 @@ Read = Callable[[StoredTensor, int, _Bytes], None]
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a stored tensor, every `step`th from `first` on; or `count` consecutive ones in another order, taken
-    in turn from `turns` equal parts of them.
+    """`count` rows of a stored tensor, every `step`th from `first` on, taken in turn from `turns` equal parts of them.
 
     The tensor's leading extents are taken together; a vector has rows of one number.
     """
@@ -83,49 +82,41 @@ class Assembly:
             part = self.rows[index]
             offset = begin + done - (self._ends[index] - part.count * part.row_bytes)
             stop = min(self._ends[index] - begin, target.size)
-            if part.turns > 1:
-                _take_turns(read, part, offset, target[done:stop])
-            elif part.step == 1:
+            if part.turns == part.step == 1:
                 read(part.tensor, part.first * part.row_bytes + offset, target[done:stop])
             else:
-                _pick(read, part, offset, target[done:stop])
+                _gather(read, part, offset, target[done:stop])
             done = stop
             index += 1
 
 
-def _take_turns(read: Read, part: Rows, offset: int, target: _Bytes) -> None:
-    """The bytes from `offset` on of rows that are taken in turn from parts; of each part one read."""
+def _gather(read: Read, part: Rows, offset: int, target: _Bytes) -> None:
+    """The bytes from `offset` on of rows that do not lie one after the other."""
     size, turns = part.row_bytes, part.turns
     begin, end = offset // size, -(-(offset + target.size) // size)
-    rows = np.empty((end - begin, size), np.uint8)
-    for turn in range(min(turns, len(rows))):
-        row = begin + turn
-        taken = np.empty((-(-(len(rows) - turn) // turns), size), np.uint8)
-        first = part.first + row % turns * (part.count // turns) + row // turns
-        read(part.tensor, first * size, taken.reshape(-1))
-        rows[turn::turns] = taken
-    target[:] = rows.reshape(-1)[offset - begin * size :][: target.size]
+    whole = (begin * size, end * size) == (offset, offset + target.size)
+    rows = target.reshape(-1, size) if whole else np.empty((end - begin, size), np.uint8)
+    for row in range(begin, min(begin + turns, end)):
+        place = row % turns * (part.count // turns) + row // turns
+        _pick(read, part.tensor, part.first + place * part.step, part.step, rows[row - begin :: turns])
+    if not whole:  # begins or ends within a row
+        target[:] = rows.reshape(-1)[offset - begin * size :][: target.size]
 
 
-def _pick(read: Read, part: Rows, offset: int, target: _Bytes) -> None:
-    """The bytes from `offset` on of rows that do not lie one after the other.
+def _pick(read: Read, tensor: StoredTensor, first: int, step: int, rows: _Bytes) -> None:
+    """Every `step`th row of a tensor from `first` on.
 
     What lies between them is read too and left out: a read for each row would take twice as long as this, for each
     number of a vector a thousand times as long.
     """
-    size, stride = part.row_bytes, part.row_bytes * part.step
-    end = offset + target.size
-    rows = max(1, _CHUNK // stride)
-    buffer = np.empty(min(rows, end // size - offset // size + 1) * stride, np.uint8)
-    for row in range(offset // size, -(-end // size), rows):
-        count = min(rows, -(-end // size) - row)
-        read(part.tensor, part.first * size + row * stride, buffer[: (count - 1) * stride + size])
-        picked = buffer[: count * stride].reshape(count, stride)[:, :size]
-        low, high = max(offset, row * size), min(end, (row + count) * size)
-        if (low, high) == (row * size, (row + count) * size):
-            target[low - offset : high - offset].reshape(count, size)[:] = picked
-        else:  # begins or ends within a row
-            target[low - offset : high - offset] = picked.reshape(-1)[low - row * size : high - row * size]
+    size = rows.shape[1]
+    most = max(1, _CHUNK // (size * step))
+    buffer = np.empty((min(most, len(rows)) * step, size), np.uint8)
+    for begin in range(0, len(rows), most):
+        picked = rows[begin : begin + most]
+        between = buffer[: (len(picked) - 1) * step + 1]
+        read(tensor, (first + begin * step) * size, between.reshape(-1))
+        picked[:] = between[::step]
 
 
 def match(

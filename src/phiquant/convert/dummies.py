@@ -4,18 +4,13 @@ Phi-3-small sets their logits to minus infinity. The list is a property of its t
 the released models, whose vocabularies are all the same; a config.json may name it as `dummy_token_indices`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
-import numpy as np
-
-from phiquant.convert.entries import Entry
 from phiquant.convert.fields import short
 from phiquant.errors import CheckpointError
-from phiquant.gguf import keys
-from phiquant.text import TokenType
 
-__all__ = ["RELEASED", "dummy_tokens", "without_dummies"]
+__all__ = ["RELEASED", "dummy_tokens"]
 
 RELEASED: Final = (100256, 100258, 100259, 100260, 100264, 100265, *range(100267, 100352))
 """Those of Phi-3-small's vocabulary of 100,352."""
@@ -35,15 +30,3 @@ def dummy_tokens(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
                 f"config.json: dummy_token_indices holds {short(index)}, which is no id below {vocab_size}."
             )
     return tuple(value)
-
-
-def without_dummies(entries: Sequence[Entry], config: Mapping[str, Any], vocab_size: int) -> list[Entry]:
-    """The keys of a tokenizer with these ids as tokens of type UNUSED, which no reader ever samples."""
-    ids = dummy_tokens(config, vocab_size)
-    return [_marked(entry, ids) if ids and entry.key == keys.TOKEN_TYPE else entry for entry in entries]
-
-
-def _marked(types: Entry, ids: Sequence[int]) -> Entry:
-    marked = np.array(types.value, np.int32)
-    marked[list(ids)] = TokenType.UNUSED
-    return types._replace(value=marked)

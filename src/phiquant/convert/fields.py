@@ -25,6 +25,11 @@ class Fields:
             raise CheckpointError("config.json: rope_parameters or rope_scaling is not an object.")
         return Fields(part, self.values)
 
+    @property
+    def kind(self) -> object:
+        """What a rope part calls its scaling: rope_type, or the older type; None or "default" for none."""
+        return self.values.get("rope_type", self.values.get("type"))
+
     def _get(self, key: str, top: bool) -> object:
         value = self.values.get(key)
         return self._outer.get(key) if value is None and top else value

@@ -121,7 +121,7 @@ class Settings:
         original = fields.count(
             "original_max_position_embeddings", rope.count("original_max_position_embeddings", context)
         )
-        kind = rope.values.get("rope_type", rope.values.get("type"))
+        kind = rope.kind
         if kind not in (None, "default", "linear", "llama3", "longrope"):
             raise UnsupportedError(
                 f"config.json: rope type {short(kind)} is not supported for Llama; known are default, linear, llama3, "

@@ -68,9 +68,10 @@ class Settings:
             rotary, theta = min(fields.count("rotary_dim", 32), head_size), THETA
         else:
             style, rope = "phi", fields.rope()
-            kind = rope.values.get("rope_type", rope.values.get("type"))
-            if kind not in (None, "default"):
-                raise UnsupportedError(f"config.json: rope type {short(kind)} is not supported; Phi-2 has the default.")
+            if rope.kind not in (None, "default"):
+                raise UnsupportedError(
+                    f"config.json: rope type {short(rope.kind)} is not supported; Phi-2 has the default."
+                )
             rotary = int(rope.number("partial_rotary_factor", 0.5, top=True, most=1.0) * head_size)
             theta = rope.number("rope_theta", THETA, top=True)
         if rotary < 2 or rotary % 2:

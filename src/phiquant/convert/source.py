@@ -13,7 +13,6 @@ import phiquant
 from phiquant import hub
 from phiquant.convert.architectures import settings_of
 from phiquant.convert.checkpoint import Checkpoint
-from phiquant.convert.dummies import without_dummies
 from phiquant.convert.entries import Entry, check_entries, string, uint32
 from phiquant.convert.metadata import general_metadata, model_name, read_model_card, size_label
 from phiquant.convert.positioned import PositionedFile
@@ -121,9 +120,7 @@ class CheckpointSource(Source):
             ]
             self._constants = {name: values.reshape(-1).view(np.uint8) for name, values in constants.items()}
             files = TokenizerFiles.read(directory, checkpoint.config)
-            self._tokenizer = without_dummies(
-                tokenizer_keys(files, self._settings.vocab_size), checkpoint.config, self._settings.vocab_size
-            )
+            self._tokenizer = tokenizer_keys(files, self._settings.vocab_size)
             self._general = self._describe(strips=strips_whitespace(files))
             check_entries([*self._general, *self._tokenizer], str(directory))
         except BaseException:

@@ -1,6 +1,6 @@
 """What a checkpoint says of its tokenizer, and the table of tokens that is made of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from phiquant.errors import CheckpointError
 from phiquant.text import TokenType
 from phiquant.text.pretokenizers import PreTokenizer
 
-__all__ = ["ADDED_SCORE", "Pieces", "TokenizerFiles", "vocabulary_of"]
+__all__ = ["ADDED_SCORE", "Pieces", "TokenizerFiles", "ids_of", "merge_of", "steps_of", "vocabulary_of"]
 
 ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
@@ -80,7 +80,33 @@ def vocabulary_of(model: Mapping[str, Any]) -> tuple[dict[str, int], list[Any]] 
     vocab, merges = model.get("vocab"), model.get("merges")
     if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict) or not isinstance(merges, list):
         return None
+    return ids_of(vocab, "tokenizer.json"), merges
+
+
+def ids_of(vocab: Mapping[str, Any], source: str) -> dict[str, int]:
+    """Ids by text, of a file; CheckpointError for what is no id."""
     for text, index in vocab.items():
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise CheckpointError(f"tokenizer.json gives token {text!r} the id {index!r}, which is no id.")
-    return vocab, merges
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise CheckpointError(f"{source} gives token {text!r} the id {index!r}, which is no id; download it again.")
+    return dict(vocab)
+
+
+def merge_of(item: object) -> tuple[str, str]:
+    """The two parts of a merge, which is "left right" or [left, right]."""
+    parts = item.split(" ") if isinstance(item, str) else item
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+        raise CheckpointError(f"the tokenizer lists {item!r} as a merge; a merge has two parts.")
+    return parts[0], parts[1]
+
+
+def steps_of(step: object) -> Iterator[Mapping[str, Any]]:
+    """A step of tokenizer.json's pipeline, or each of a sequence of them."""
+    if not isinstance(step, dict):
+        return
+    if step.get("type") != "Sequence":
+        yield step
+        return
+    for name in ("pretokenizers", "decoders", "processors"):
+        parts = step.get(name)
+        for part in parts if isinstance(parts, list) else []:
+            yield from steps_of(part)

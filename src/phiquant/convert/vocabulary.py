@@ -4,21 +4,22 @@ A vocabulary is SentencePiece's (`vocabulary_pieces.py`) or byte-level (`vocabul
 piece are filled with `[PADi]` of type UNUSED, and added tokens overwrite pieces, as in llama.cpp's converter.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from phiquant.convert.checkpoint import read_json
+from phiquant.convert.dummies import dummy_tokens
 from phiquant.convert.entries import Entry, boolean, string, strings, uint32
 from phiquant.convert.templates import chat_templates, template_keys
-from phiquant.convert.tokenizer_files import ADDED_SCORE, Pieces, TokenizerFiles
+from phiquant.convert.tokenizer_files import ADDED_SCORE, Pieces, TokenizerFiles, ids_of, steps_of
 from phiquant.convert.vocabulary_bpe import added_by_class, from_bytes, is_byte_level
 from phiquant.convert.vocabulary_pieces import from_pieces
 from phiquant.errors import CheckpointError, UnsupportedError
 from phiquant.gguf import ValueType, keys
 from phiquant.text import AddedToken, TokenType, added_tokens_from_hf, added_tokens_to_json, alphabet, pretokenizers
 
-__all__ = ["TokenizerFiles", "build_pieces", "strips_whitespace", "tokenizer_keys"]
+__all__ = ["TokenizerFiles", "strips_whitespace", "tokenizer_keys"]
 
 
 _SPECIALS = {  # Hugging Face's names, in written order
@@ -40,16 +41,19 @@ def tokenizer_keys(files: TokenizerFiles, vocab_size: int) -> list[Entry]:
     CheckpointError where the checkpoint's files contradict each other or the model, UnsupportedError for a tokenizer
     that is well-formed but none of Phi's.
     """
-    pieces = build_pieces(files, vocab_size)
-    added = _added_tokens(files, pieces)
-    for token in added:
-        _put_added(pieces, token)
+    pieces = (from_bytes if is_byte_level(files) else from_pieces)(files, vocab_size)
+    sources = _added_tokens(files, vocab_size)
+    added = [token for token, _ in sources]
+    for token, source in sources:
+        _put_added(pieces, token, source)
     by_text = {token.content: token.id for token in added}
     if pieces.merges is not None:
         by_text = {**{text: i for i, text in enumerate(pieces.texts)}, **by_text}
     special = _special_ids(files, by_text, pieces)
     if pieces.merges is not None:
         added = _with_unlisted(added, pieces, special)
+    for index in dummy_tokens(files.config, vocab_size):
+        pieces.types[index] = TokenType.UNUSED
     ends = _end_ids(files, vocab_size)
     entries = [
         *_vocabulary_keys(pieces),
@@ -70,18 +74,6 @@ def strips_whitespace(files: TokenizerFiles) -> bool:
     added = added_tokens_from_hf(files.tokenizer_config, files.tokenizer)
     strips = any(token.rstrip and token.special and token.content.startswith("<|") for token in added)
     return strips and not is_byte_level(files)
-
-
-def build_pieces(files: TokenizerFiles, vocab_size: int) -> Pieces:
-    """The table with the tokens of added_tokens.json, without those of tokenizer_config.json and tokenizer.json."""
-    pieces = (from_bytes if is_byte_level(files) else from_pieces)(files, vocab_size)
-    listed = read_json(files.directory / "added_tokens.json") or {}
-    for text, index in listed.items():
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise CheckpointError(f"added_tokens.json gives token {text!r} the id {index!r}, which is no id.")
-        if index < vocab_size:  # others are ignored by llama.cpp, too
-            pieces.put(index, text, ADDED_SCORE, TokenType.USER_DEFINED, "added_tokens.json")
-    return pieces
 
 
 def _vocabulary_keys(pieces: Pieces) -> list[Entry]:
@@ -110,31 +102,20 @@ def _vocabulary_keys(pieces: Pieces) -> list[Entry]:
     ]
 
 
-def _added_tokens(files: TokenizerFiles, pieces: Pieces) -> list[AddedToken]:
-    """Added tokens with their attributes; those that only added_tokens.json has, with none."""
-    _refuse_conflicts(files)
-    added = added_tokens_from_hf(files.tokenizer_config, files.tokenizer)
-    if pieces.merges is not None:
-        added = [*added, *_missing(added_by_class(files), added)]
-    only_listed = (
-        AddedToken(i, pieces.texts[i]) for i, kind in enumerate(pieces.types) if kind is TokenType.USER_DEFINED
-    )
-    return sorted([*added, *_missing(only_listed, added)], key=lambda token: token.id)
+def _added_tokens(files: TokenizerFiles, vocab_size: int) -> list[tuple[AddedToken, str]]:
+    """Added tokens by id, each with what says its attributes: of several files tokenizer.json, which is what runs.
 
-
-def _missing(tokens: Iterable[AddedToken], known: Iterable[AddedToken]) -> list[AddedToken]:
-    ids = {token.id for token in known}
-    return [token for token in tokens if token.id not in ids]
-
-
-def _refuse_conflicts(files: TokenizerFiles) -> None:
-    """CheckpointError where tokenizer_config.json and tokenizer.json, or one of them alone, give an id two texts."""
+    CheckpointError where files, or one of them alone, give an id two texts or a text two ids.
+    """
+    listed = ids_of(read_json(files.directory / "added_tokens.json") or {}, "added_tokens.json")
     sources = {
+        # Ids that the model does not have are ignored by llama.cpp, too.
+        "added_tokens.json": [AddedToken(index, text) for text, index in listed.items() if index < vocab_size],
         "tokenizer_config.json": added_tokens_from_hf(files.tokenizer_config, None),
         "tokenizer.json": added_tokens_from_hf({}, files.tokenizer),
     }
     ids: dict[str, tuple[int, str]] = {}
-    texts: dict[int, tuple[str, str]] = {}
+    found: dict[int, tuple[AddedToken, str]] = {}
     for source, tokens in sources.items():
         for token in tokens:
             index, first = ids.setdefault(token.content, (token.id, source))
@@ -143,15 +124,20 @@ def _refuse_conflicts(files: TokenizerFiles) -> None:
                     f"{first} gives token {token.content!r} the id {index}, {source} {token.id}; "
                     "take both from the same repository."
                 )
-            text, first = texts.setdefault(token.id, (token.content, source))
-            if text != token.content:
+            other, first = found.get(token.id, (token, source))
+            if other.content != token.content:
                 raise CheckpointError(
-                    f"{first} names token {token.id} {text!r}, {source} {token.content!r}; "
+                    f"{first} names token {token.id} {other.content!r}, {source} {token.content!r}; "
                     "take both from the same repository."
                 )
+            found[token.id] = token, source
+    for token in added_by_class(files):
+        if token.id not in found or found[token.id][1] == "added_tokens.json":  # which has no attributes
+            found[token.id] = token, files.tokenizer_class
+    return [found[index] for index in sorted(found)]
 
 
-def _put_added(pieces: Pieces, token: AddedToken) -> None:
+def _put_added(pieces: Pieces, token: AddedToken, source: str) -> None:
     """Overwrite an id by an added token.
 
     In a byte-level vocabulary it must not have been what a merge makes, or a byte: words could not be spelled then. As
@@ -159,7 +145,6 @@ def _put_added(pieces: Pieces, token: AddedToken) -> None:
     """
     looks_special = token.content.startswith("<|") and token.content.endswith("|>")
     control = token.special or (pieces.merges is not None and looks_special)
-    source = "tokenizer_config.json or tokenizer.json"
     if pieces.merges is not None and 0 <= token.id < len(pieces.texts):
         text = pieces.texts[token.id]
         if pieces.types[token.id] is TokenType.NORMAL and text not in (
@@ -216,14 +201,11 @@ def _special_keys(files: TokenizerFiles, ids: Mapping[str, int], pieces: Pieces,
 
 def _post_processor_flags(files: TokenizerFiles) -> dict[str, bool]:
     """Whether tokenizer.json's post-processor puts bos first or eos last; it overrules tokenizer_config.json."""
-    outer = files.tokenizer.get("post_processor")
-    if not isinstance(outer, dict):
-        return {}
     flags: dict[str, bool] = {}
-    for processor in outer.get("processors", [outer]):
-        if isinstance(processor, dict) and processor.get("type") == "ByteLevel":
+    for processor in steps_of(files.tokenizer.get("post_processor")):
+        if processor.get("type") == "ByteLevel":
             flags = {"bos": False, "eos": False} | flags
-        single = processor.get("single") if isinstance(processor, dict) else None
+        single = processor.get("single")
         if processor.get("type") != "TemplateProcessing" or not isinstance(single, list) or len(single) < 2:
             continue
         for name, item in (("bos", single[0]), ("eos", single[-1])):

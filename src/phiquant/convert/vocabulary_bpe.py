@@ -7,13 +7,13 @@ tiktoken, which ranks tokens and has no merges, so that they are found by splitt
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from phiquant.convert.checkpoint import read_json, read_text
-from phiquant.convert.tokenizer_files import Pieces, TokenizerFiles, vocabulary_of
+from phiquant.convert.tokenizer_files import Pieces, TokenizerFiles, ids_of, merge_of, steps_of, vocabulary_of
 from phiquant.errors import CheckpointError, UnsupportedError
 from phiquant.text import AddedToken, TokenType, alphabet, pretokenizers
 
@@ -35,7 +35,7 @@ def is_byte_level(files: TokenizerFiles) -> bool:
         return by_class or (has_bytes and not has_pieces)
     parts = (files.tokenizer.get("pre_tokenizer"), files.tokenizer.get("decoder"))
     by_file = not files.model.get("byte_fallback") and any(
-        step.get("type") == "ByteLevel" for part in parts for step in _steps(part)
+        step.get("type") == "ByteLevel" for part in parts for step in steps_of(part)
     )
     if by_file and has_pieces:
         raise _two_kinds("tokenizer.json", "tokenizer.model")
@@ -62,7 +62,8 @@ def from_bytes(files: TokenizerFiles, vocab_size: int) -> Pieces:
     if ranks is not None:
         return _from_tiktoken(ranks, vocab_size)
     raise CheckpointError(
-        f"{files.directory} has neither tokenizer.json nor vocab.json with merges.txt; download one of them."
+        f"{files.directory} has neither tokenizer.json nor vocab.json with merges.txt nor {_TIKTOKEN}; "
+        "download one of them."
     )
 
 
@@ -110,10 +111,8 @@ def _from_vocab_json(directory: Path, vocab: Mapping[str, Any], vocab_size: int)
     text = read_text(directory / "merges.txt")
     if text is None:
         raise CheckpointError(f"{directory} has vocab.json but no merges.txt; download it, or tokenizer.json.")
-    found = vocabulary_of({"vocab": dict(vocab), "merges": []})
-    assert found is not None
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#version")]
-    return _table(found[0], [_merge(line.strip("\r")) for line in lines], vocab_size, "vocab.json")
+    return _table(ids_of(vocab, "vocab.json"), [_merge(line.strip("\r")) for line in lines], vocab_size, "vocab.json")
 
 
 def _from_tiktoken(text: str, vocab_size: int) -> Pieces:
@@ -172,17 +171,13 @@ def _table(vocab: Mapping[str, int], merges: list[str], vocab_size: int, source:
 
 def _merge(item: object) -> str:
     """A merge as GGUF has it, "left right"; a space within a part is written as the alphabet does."""
-    if isinstance(item, str) and item.count(" ") == 1:
-        return item
-    if isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item):
-        return " ".join(part.replace(" ", alphabet.CHARACTERS[0x20]) for part in item)
-    raise CheckpointError(f"the tokenizer lists {item!r} as a merge; a merge has two parts.")
+    return " ".join(part.replace(" ", alphabet.CHARACTERS[0x20]) for part in merge_of(item))
 
 
 def _words(step: object) -> pretokenizers.PreTokenizer:
     """How text is cut, by tokenizer.json's `pre_tokenizer`: a Split and a ByteLevel step, or the latter alone."""
     patterns = []
-    for part in _steps(step):
+    for part in steps_of(step):
         kind = part.get("type")
         if kind == "ByteLevel":
             if part.get("add_prefix_space"):
@@ -201,15 +196,3 @@ def _words(step: object) -> pretokenizers.PreTokenizer:
             f"it knows those of {names}. Take tokenizer.json from the model's first publisher."
         )
     return known
-
-
-def _steps(step: object) -> Iterable[Mapping[str, Any]]:
-    """A step of tokenizer.json's pipeline, or each of a sequence of them."""
-    if not isinstance(step, dict):
-        return
-    if step.get("type") == "Sequence":
-        for name in ("pretokenizers", "decoders"):
-            for part in step.get(name) or []:
-                yield from _steps(part)
-    else:
-        yield step

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from phiquant.convert.tokenizer_files import Pieces, TokenizerFiles, vocabulary_of
+from phiquant.convert.tokenizer_files import Pieces, TokenizerFiles, merge_of, vocabulary_of
 from phiquant.errors import CheckpointError, UnsupportedError
 from phiquant.text import TokenType
 
@@ -77,7 +77,7 @@ def _from_tokenizer_json(model: Mapping[str, Any], vocab_size: int) -> Pieces:
             "tokenizer.json holds a vocabulary that is neither made from SentencePiece nor byte-level; Phi's are."
         )
     pieces = Pieces.padding(vocab_size)
-    order = [piece for piece, _ in groupby(_joined(merge) for merge in merges)]
+    order = [piece for piece, _ in groupby("".join(merge_of(merge)) for merge in merges)]
     scores = {piece: -float(place) for place, piece in enumerate(order)}
     if len(scores) != len(order):
         raise UnsupportedError(
@@ -92,11 +92,3 @@ def _from_tokenizer_json(model: Mapping[str, Any], vocab_size: int) -> Pieces:
             kind, score = TokenType.BYTE, 0.0
         pieces.put(index, text, score, kind, "tokenizer.json")
     return pieces
-
-
-def _joined(merge: object) -> str:
-    """The piece that a merge makes; merges are "left right" or [left, right]."""
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-        raise CheckpointError(f"tokenizer.json lists {merge!r} as a merge; a merge has two parts.")
-    return "".join(parts)

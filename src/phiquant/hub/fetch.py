@@ -198,26 +198,21 @@ def _prefetch(reference: Reference, listing: _Listing, files: list[str] | tuple[
     from huggingface_hub import constants, hf_hub_url
 
     folder = Path(constants.HF_HUB_CACHE) / reference.folder
-    missing = {
-        name: file
-        for name in files
-        if (file := listing.files[name]).sha256 is not None
-        and file.size <= _PLAIN_HTTP
-        and not (folder / "snapshots" / listing.commit / name).exists()
-        and not (folder / "blobs" / str(file.sha256)).exists()
-    }
+    missing: dict[str, Blob] = {}  # by content, which files may share
+    for name in files:
+        file = listing.files[name]
+        if file.sha256 is None or file.size > _PLAIN_HTTP:
+            continue
+        if not ((folder / "snapshots" / listing.commit / name).exists() or (folder / "blobs" / file.sha256).exists()):
+            url = hf_hub_url(reference.repository, name, revision=listing.commit)
+            missing.setdefault(file.sha256, Blob(name, file.size, file.sha256, url))
     if not missing:
         return
     with _no_empty_folders(folder):
-        download.planned(Path(files[0] if len(files) == 1 else reference.repository).name, _total(missing))
-        for name, file in missing.items():
-            url = hf_hub_url(reference.repository, name, revision=listing.commit)
-            blob = Blob(name, file.size, str(file.sha256), url)
+        name = Path(files[0] if len(files) == 1 else reference.repository).name
+        download.planned(name, sum(blob.size for blob in missing.values()))
+        for blob in missing.values():
             transfer(blob, folder, folder.parent / ".locks" / reference.folder, download)
-
-
-def _total(files: dict[str, _File]) -> int:
-    return sum({file.sha256: file.size for file in files.values()}.values())
 
 
 def _linked(repository: str, file: str, revision: str | None) -> Path:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phiquant.errors import RequestError
+from phiquant.text.tool_reader import MARKED
 
 SYSTEM = "You are a helpful assistant with some tools."
 
@@ -78,7 +79,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     if not message.get("tool_calls"):
         return dict(message)
     text = json.dumps(message["tool_calls"], ensure_ascii=False)
-    return {**message, "content": f"{message.get('content') or ''}<|tool_call|>{text}<|/tool_call|>"}
+    return {**message, "content": f"{message.get('content') or ''}{MARKED[0]}{text}{MARKED[1]}"}
 
 
 def _listed(value: object) -> list[Any]:

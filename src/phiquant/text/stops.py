@@ -37,7 +37,7 @@ class StopStrings:
             _, at, self.stopped = min(found)
             self._held = ""
             return seen[:at], True
-        held = max((_overlap(seen, stop) for stop in self._stops), default=0)
+        held = max((overlap(seen, stop) for stop in self._stops), default=0)
         cut = len(seen) - held
         self._held = seen[cut:]
         return seen[:cut], False
@@ -48,8 +48,8 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with: what has to be held back."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size

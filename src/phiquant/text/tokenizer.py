@@ -146,7 +146,7 @@ class Tokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of `text` right after other text, without added tokens: nothing is put in front of it."""
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         prefix = len(self._encoder.normalize(""))
         return self._encoder.encode(self._encoder.normalize(text)[prefix:])
 
@@ -162,7 +162,7 @@ class Tokenizer:
         return sorted(found, key=lambda match: match[0])
 
     def _encode(self, text: str, matches: Iterable[tuple[int, int, AddedToken]], normalized: Matcher) -> list[int]:
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         ids: list[int] = []
         for span in spans(text, matches):
             if span.token is not None:
@@ -247,7 +247,8 @@ class Tokenizer:
         return Matcher({token.content: token for token in tokens if not token.normalized}), Matcher(normalized)
 
 
-def _refuse_surrogates(text: str) -> None:
+def refuse_surrogates(text: str) -> None:
+    """RequestError for a text that UTF-8 cannot express."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -11,9 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["CallArguments", "CallBegun", "Content", "Found", "ToolReader"]
+from phiquant.text.stops import overlap
 
-_MARKS: Final = {"<|tool_call|>": "<|/tool_call|>", "<tool_call>": "</tool_call>"}
+__all__ = ["MARKED", "TAGGED", "CallArguments", "CallBegun", "Content", "Found", "ToolReader"]
+
+MARKED: Final = ("<|tool_call|>", "<|/tool_call|>")
+"""Around the calls of Phi-4-mini."""
+TAGGED: Final = ("<tool_call>", "</tool_call>")
+"""Around a call of many others."""
+
+_MARKS: Final = dict([MARKED, TAGGED])
 _WORD: Final = "functools"
 _FENCES: Final = ("```json", "```")
 _ARGUMENTS: Final = ("arguments", "parameters")
@@ -118,7 +125,7 @@ class ToolReader:
             self._held = self._held[at:]
             self._begin(len(mark), _MARKS[mark], marked=True)
             return
-        keep = max(_overlap(self._held, mark) for mark in _MARKS)
+        keep = max(overlap(self._held, mark) for mark in _MARKS)
         cut = len(self._held) - keep
         if cut:
             found.append(Content(self._held[:cut]))
@@ -357,11 +364,6 @@ def _decoded(text: str) -> str:
 def _mark_of(text: str) -> str | None:
     """The mark that a text begins with."""
     return next((mark for mark in _MARKS if text.startswith(mark)), None)
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest proper beginning of `mark` that `text` ends with."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
 
 
 def _joined(found: list[Found]) -> list[Found]:

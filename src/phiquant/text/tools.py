@@ -24,7 +24,7 @@ from phiquant.errors import PhiquantError, RequestError
 from phiquant.text import repairs
 from phiquant.text.grammar import JSON_BLANK, Grammar
 from phiquant.text.template import ChatTemplate, Message
-from phiquant.text.tool_reader import ToolReader
+from phiquant.text.tool_reader import MARKED, TAGGED, ToolReader
 
 __all__ = ["Tool", "Toolbox", "arranged"]
 
@@ -137,10 +137,10 @@ class Toolbox:
         if not self.parallel:
             calls["maxItems"] = 1
         if self.form == "marked":
-            rule, inner = 'calls: "<|tool_call|>" list "<|/tool_call|>"\nlist: %json ', calls
+            rule, inner = f'calls: "{MARKED[0]}" list "{MARKED[1]}"\nlist: %json ', calls
         elif self.form == "tagged":
             again = ' ("\\n" one)*' if self.parallel else ""
-            rule = f'calls: one{again}\none: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json '
+            rule = f'calls: one{again}\none: "{TAGGED[0]}\\n" call "\\n{TAGGED[1]}"\ncall: %json '
             inner = call
         else:
             rule = "calls: %json "
@@ -179,7 +179,7 @@ def form_of(template: ChatTemplate | None) -> Form:
         return "plain"
     if repairs.reads_tools_from_system(template.source):
         return "marked"
-    return "tagged" if "<tool_call>" in template.source else "plain"
+    return "tagged" if TAGGED[0] in template.source else "plain"
 
 
 def arranged(messages: Sequence[Message], template: ChatTemplate | None) -> list[Message]:
