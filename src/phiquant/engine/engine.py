@@ -45,11 +45,11 @@ class Engine:
         self.context = context
         self._executable, self._rope = executable, rope
         self._cache = PageCache(capacity.pages, capacity.page_tokens, executable.copy_page)
-        self._steps = Steps(executable, rope, self._cache, context=context, unused=unused)
+        self._steps = Steps(executable, rope, self._cache, context=context, unused=unused, told=self._wake)
         self._lock = threading.Lock()  # of a step, and of all that steps change
         self._turn = threading.Lock()  # held by whoever waits for the lock to do something between two steps
         self._door = threading.Lock()  # of the queue's length, and of the thread
-        self._followers = set[Sequence]()  # those that somebody waits for
+        self._followers: dict[threading.Event, Sequence] = {}  # who waits, and for what
         self._work_came = threading.Event()
         self._thread: threading.Thread | None = None
         self._users = 0  # who want the thread
@@ -188,24 +188,27 @@ class Engine:
         self._drive(sequence, lambda: (sequence.computed, sequence.shown) != before)
 
     def _drive(self, sequence: Sequence, done: Callable[[], bool]) -> None:
-        self._followers.add(sequence)
+        came = threading.Event()
+        self._followers[came] = sequence
         try:
             while not sequence.ended and not done():
-                sequence.changed.clear()
+                came.clear()
                 with self._turn:
                     pass
                 if self._thread is None and self._lock.acquire(blocking=False):
                     try:
                         if not (sequence.ended or done() or self._steps.step()):
+                            if self._steps.closed:  # and whoever closes has not come to tell the sequence yet
+                                raise was_closed()
                             raise RequestError("the engine was asked to go on with a sequence that it does not know")
                     finally:
                         self._lock.release()
                         self._hand_over()
                 elif not (sequence.ended or done()):
                     self._work_came.set()
-                    sequence.changed.wait()
+                    came.wait()
         finally:
-            self._followers.discard(sequence)
+            del self._followers[came]
         if sequence.error is not None:
             raise sequence.error
 
@@ -245,6 +248,7 @@ class Engine:
                 continue
             if self._thread is me and not self._steps.closed:
                 self._work_came.wait()
+        self._work_came.set()  # a thread that was started meanwhile looks again: the call may have been for it
 
     def work(self) -> bool:
         """Compute one step, if there is anything to do; returns whether there was."""
@@ -273,8 +277,14 @@ class Engine:
             finally:
                 self._lock.release()
         if self._thread is None:
-            for sequence in self._followers.copy():
-                sequence.changed.set()
+            for came in self._followers.copy():
+                came.set()
+
+    def _wake(self, sequence: Sequence) -> None:
+        """Who waits for this one shall look at it."""
+        for came, followed in self._followers.copy().items():
+            if followed is sequence:
+                came.set()
 
     def close(self) -> None:
         """End the running step and the thread, and free the processor's memory and threads."""

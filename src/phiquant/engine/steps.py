@@ -5,7 +5,7 @@ All of it happens under the engine's lock, but for what other threads leave in `
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ class Steps:
     Args:
         executable, rope, context, unused: as `Engine`.
         cache: of the executable's pages.
+        told: is called with a sequence to which something has happened, after its own listener.
 
     Attributes:
         arrivals: sequences that no step has seen.
@@ -47,8 +48,9 @@ class Steps:
         *,
         context: int,
         unused: NDArray[np.int64],
+        told: Callable[[Sequence], None],
     ) -> None:
-        self._capacity, self._context, self._unused = executable.capacity, context, unused
+        self._capacity, self._context, self._unused, self._told = executable.capacity, context, unused, told
         self._cache = cache
         self._scheduler = Scheduler(executable.capacity, cache, rope)
         self._runner = Runner(executable, rope)
@@ -95,7 +97,9 @@ class Steps:
     def settle(self) -> None:
         """Take in who came and let go who was cancelled."""
         while self.arrivals:
-            self._scheduler.add(self.arrivals.popleft())
+            sequence = self.arrivals.popleft()
+            if not sequence.ended:  # else it came and was cancelled after the last look at those who came
+                self._scheduler.add(sequence)
         while self.departures:
             sequence = self.departures.popleft()
             if not sequence.ended:
@@ -141,14 +145,14 @@ class Steps:
 
     def _take(self, chunk: Chunk, rows: NDArray[np.float32], now: float) -> None:
         sequence, length = chunk.sequence, len(chunk.sequence.ids)
-        if not sequence.cancelled:
+        if not (sequence.cancelled or sequence.ended):
+            if len(rows) and sequence.sampler is not None:  # before `take`: whoever sees the end looks at these
+                sequence.first_token, sequence.last_token = sequence.first_token or now, now
             try:
                 take(chunk, rows, context=self._context, unused=self._unused)
             except Exception as error:
                 sequence.error = error
-        if len(sequence.ids) > length:
-            sequence.first_token, sequence.last_token = sequence.first_token or now, now
-            self._counts["generated"] += len(sequence.ids) - length
+        self._counts["generated"] += len(sequence.ids) - length
         sequence.shown = len(sequence.ids)
         self._scheduler.computed(chunk)
         if sequence.ended:
@@ -186,7 +190,7 @@ class Steps:
                 if not sequence.ended:
                     sequence.error = error
                     self._end(sequence)
-        sequence.changed.set()
+        self._told(sequence)
 
     def _timed(self, chunks: list[Chunk], seconds: float) -> None:
         generating = sum(chunk.generates for chunk in chunks)
