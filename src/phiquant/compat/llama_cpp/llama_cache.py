@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from phiquant.compat.llama_cpp.state import LlamaState
+from phiquant.engine.cache import common_length
 from phiquant.errors import CacheError, OutputError
 from phiquant.gguf import temporary
 
@@ -27,10 +28,7 @@ _CAPACITY: Final = 2 << 30  # bytes
 
 def longest_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the beginning."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return common_length(tuple(a), tuple(b))
 
 
 class BaseLlamaCache(ABC):
