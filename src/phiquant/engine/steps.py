@@ -96,16 +96,18 @@ class Steps:
 
     def settle(self) -> None:
         """Take in who came and let go who was cancelled."""
-        while self.arrivals:
-            sequence = self.arrivals.popleft()
-            if not sequence.ended:  # else it came and was cancelled after the last look at those who came
-                self._scheduler.add(sequence)
+        self._take_in()
         while self.departures:
             sequence = self.departures.popleft()
+            self._take_in()  # it may have come, before it was cancelled, since the last look
             if not sequence.ended:
                 sequence.finish = "cancelled"
                 self._end(sequence)
                 self._tell(sequence)
+
+    def _take_in(self) -> None:
+        while self.arrivals:
+            self._scheduler.add(self.arrivals.popleft())
 
     def step(self) -> bool:
         """Compute a step, if there is anything to do; returns whether there was.
