@@ -371,6 +371,20 @@ def test_closing_cancels_what_is_under_way(llm: LLM, arguments: dict[str, Any]) 
     asyncio.run(main())
 
 
+def test_closing_may_be_given_up_and_asked_for_again(llm: LLM) -> None:
+    async def main() -> None:
+        a = AsyncLLM(llm)
+        task = asyncio.ensure_future(a.generate(PROMPT, ignore_eos=True))
+        await until(lambda: a.stats().running == 1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(a.close(), 0.01)
+        assert (await task).finish_reason == "cancelled"
+        await asyncio.gather(a.close(), a.close())
+        assert not [t for t in threading.enumerate() if t.name == "phiquant-engine"]
+
+    asyncio.run(main())
+
+
 def test_an_error_in_the_block_cancels(llm: LLM) -> None:
     async def main() -> None:
         tasks = []

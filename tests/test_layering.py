@@ -79,7 +79,7 @@ HEAVY = {  # libraries that one room owns
     "tokenizers": {"text"},
     "jinja2": {"text"},
     "llguidance": {"text"},
-    "huggingface_hub": {"compat", "hub"},
+    "huggingface_hub": {"hub"},
     "fastapi": {"server"},
     "starlette": {"server"},
     "pydantic": {"server"},

@@ -62,7 +62,7 @@ class AsyncLLM:
         self._live = WeakSet[Job]()  # a task whose event loop was closed never comes to forget its own
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="phiquant-reader")
-        self._started = self._closing = False
+        self._started = self._closing = self._closed = False
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, queue: int = 64, **arguments: Any) -> Self:
@@ -163,7 +163,7 @@ class AsyncLLM:
             timeout: the same after so many seconds.
         """
         with self._lock:
-            first, self._closing = not self._closing, True
+            self._closing = True
             jobs = list(self._live)
         if cancel:
             self._engine.cancel(*jobs)
@@ -174,12 +174,11 @@ class AsyncLLM:
             finally:  # also if the task that closes is cancelled
                 self._engine.cancel(*(job for job in jobs if not job.ended))
             await waiting
+        with self._lock:
+            first, self._closed = not self._closed, True
         if first:
             self._readers.shutdown(wait=False, cancel_futures=True)
-            if self._started:
-                await asyncio.to_thread(self._engine.stop)
-            if self._owned:
-                await asyncio.to_thread(self.llm.close)
+            await asyncio.to_thread(self._end)  # all of it, also if the task is cancelled meanwhile
 
     async def __aenter__(self) -> Self:
         return self
@@ -191,6 +190,12 @@ class AsyncLLM:
 
     def __repr__(self) -> str:
         return f"Async{self.llm!r}"
+
+    def _end(self) -> None:
+        if self._started:
+            self._engine.stop()
+        if self._owned:
+            self.llm.close()
 
     def _wait(self, jobs: Sequence[Job]) -> None:
         for job in jobs:

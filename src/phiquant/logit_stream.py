@@ -37,8 +37,9 @@ def logit_blocks(engine: Engine, sequences: Iterable[Sequence[int]], first: int)
             for job in running.values():
                 job.hold = False
             engine.step(next(iter(running.values())))
-            while blocks:
+            left = {index: job for index, job in running.items() if job.finish is None}
+            while blocks:  # after that: all blocks of those that are not left are there
                 yield blocks.popleft()
-            running = {index: job for index, job in running.items() if job.finish is None}
+            running = left
     finally:
         engine.cancel(*running.values())

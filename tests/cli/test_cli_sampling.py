@@ -1,14 +1,18 @@
 """Options of choosing a text, from llama-cli's names to those of the API."""
 
+import inspect
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from phiquant.cli.commands import models
 from phiquant.cli.failures import WrongUsage
 from phiquant.cli.sampling import SamplingOptions
 from phiquant.completion import Options
+from phiquant.engine import Sampling
 from phiquant.errors import GrammarError, RequestError
 from phiquant.text.grammar import Grammar
 
@@ -18,6 +22,18 @@ def test_every_option_is_one_of_the_api() -> None:
     assert options.keys() <= Options.__annotations__.keys()
     left_out = {"min_tokens", "stop", "stop_ids", "mask", "logprobs", "cache_prompt"}
     assert Options.__annotations__.keys() - options.keys() == left_out
+
+
+def test_defaults_are_those_of_the_api() -> None:
+    """They are written in three places, because the command line imports nothing large to say them."""
+    run = inspect.signature(models.run).parameters
+    for option in fields(SamplingOptions):
+        told = run["temp" if option.name == "temperature" else option.name].default
+        assert told == (None if option.default == () else option.default), option.name
+    options, plain = SamplingOptions().sampling(), {option.name: option.default for option in fields(Sampling)}
+    shared = (options.keys() & plain.keys()) - {"seed", "logit_bias"}
+    assert len(shared) == 21
+    assert {name: options[name] for name in shared} == {name: plain[name] for name in shared}  # type: ignore[literal-required]
 
 
 @pytest.mark.parametrize(

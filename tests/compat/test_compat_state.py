@@ -1,8 +1,10 @@
 """States of a Llama and caches of them: they come back as they were, or not at all."""
 
+import io
 import os
 import pickle
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,13 @@ def test_what_is_no_state_is_refused_and_never_run(llm: Llama, fresh: Llama, tmp
     good = state([300, 301]).to_bytes()
     objects = tmp_path / "objects.npz"
     np.savez(objects, allow_pickle=True, input_ids=np.array([Evil()]), scores=0, llama_state=0, numbers=0)
-    for data in (pickle.dumps(Evil()), objects.read_bytes(), b"", b"PK\x03\x04", good[:-30], b"x" * 99):
+    array, huge = io.BytesIO(), io.BytesIO()
+    np.save(array, np.zeros(3))
+    with zipfile.ZipFile(huge, "w") as file:
+        header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000000,)}\n"
+        file.writestr("input_ids.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    broken = [pickle.dumps(Evil()), objects.read_bytes(), array.getvalue(), huge.getvalue()]
+    for data in (*broken, b"", b"PK\x03\x04", good[:-30], b"x" * 99):
         with pytest.raises(CacheError, match="no saved state"):
             LlamaState.from_bytes(data)
     assert not (tmp_path / "ran").exists()
@@ -159,6 +167,20 @@ def test_caches_let_the_oldest_go(tmp_path: Path) -> None:
         assert [[ids] in cache for ids in (1, 2, 3)] == [True, False, True]
         cache[[1]] = state([1], 10_000)
         assert cache.cache_size <= 25_000
+
+
+def test_a_cache_on_disk_lets_other_processes_take_files_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = LlamaDiskCache(tmp_path / "states")
+    cache[[1]] = cache[[2]] = state([1])
+    files = sorted((tmp_path / "states").iterdir())
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([*files, self / "gone.npz"]))
+    assert cache.cache_size == sum(file.stat().st_size for file in files)
+    cache[[2]] = state([2])
+    assert cache[[2]].ids == [2]
+    for file in files:
+        file.unlink()
+    assert [1] not in cache
+    assert cache.cache_size == 0
 
 
 def test_a_cache_on_disk_outlives_its_process(path: str, fresh: Llama, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +141,43 @@ def test_dry_of_a_long_loop_stays_finite() -> None:
     dry(scores, [0, 1] * 3000, Sampling(dry_multiplier=1.0))
     assert np.isfinite(scores).all()
     assert scores[0] < -1e30
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("absurd", "forced"),
+    [
+        ({"logit_bias": ((5, 1e39),)}, {5}),
+        ({"logit_bias": ((5, -1e39), (6, 1e300))}, {6}),
+        ({"presence_penalty": -1e39}, {3, 15}),
+        ({"frequency_penalty": -1e300}, {3, 15}),
+        ({"repeat_penalty": 1e-39}, {15}),
+        ({"repeat_penalty": 1e-300}, {15}),
+        ({"presence_penalty": 1e308, "frequency_penalty": 1e308, "logit_bias": ((19, 1e39),)}, {19}),
+        ({"dry_multiplier": 1e300, "dry_base": 1e300, "logit_bias": ((15, 1e39), (18, 1e39))}, {18}),
+        (
+            {
+                "samplers": ("top_k", "penalties", "top_p"),
+                "top_k": 2,
+                "presence_penalty": 1e39,
+                "logit_bias": ((3, 9.0), (15, 9.0)),
+            },
+            {3, 15},
+        ),
+    ],
+)
+def test_absurd_figures_choose_what_they_say(absurd: dict[str, Any], forced: set[int], temperature: float) -> None:
+    logits = np.linspace(-1, 1, 20).astype(np.float32)
+    found = {sample(logits, [3, *[15] * n], Sampling(temperature, **absurd)) for n in range(5, 25)}
+    assert found <= forced
+
+
+def test_what_is_forbidden_stays_so_whatever_penalties_give() -> None:
+    scores = np.array([-np.inf, 0.0], np.float32)
+    penalize(scores, [0, 1], Sampling(presence_penalty=-1e39))
+    assert scores[0] == -np.inf
+    assert np.isfinite(scores[1])
 
 
 @pytest.mark.parametrize("version", [1, 2])

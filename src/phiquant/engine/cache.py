@@ -19,7 +19,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-__all__ = ["PageCache", "PageTable"]
+__all__ = ["PageCache", "PageTable", "common_length"]
 
 
 @dataclass
@@ -139,7 +139,7 @@ class PageCache:
         """The page after `prefix` that shares most of `wanted`, and how many tokens it shares."""
         best, most = None, 0
         for number in self._after.get(prefix, ()):
-            common = _common(self._pages[number].ids, wanted)
+            common = common_length(self._pages[number].ids, wanted)
             if common > most:
                 best, most = number, common
         return best, most
@@ -177,13 +177,16 @@ class PageCache:
         page.prefix, page.ids = b"", ()
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    if a == b:
-        return len(a)
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def common_length(a: list[int] | tuple[int, ...], b: list[int] | tuple[int, ...]) -> int:
+    """Length of the longest beginning that two lists, or two tuples, have in common."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # by halves, which are compared without the interpreter
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _digest(prefix: bytes, ids: tuple[int, ...]) -> bytes:

@@ -9,6 +9,8 @@ beside it, and chance depends on seed and position alone.
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from phiquant.engine.speed import mean
+
 __all__ = ["LONGEST", "Drafter", "Odds", "Pace", "PromptLookup"]
 
 LONGEST: Final = 15
@@ -19,7 +21,6 @@ NGRAM: Final = 3
 _FORGET: Final = 0.9  # of what is known of the odds, what is left after another draft
 _IDLE: Final = 0.97  # ... and after a step without one
 _FIRST: Final = 3
-_WEIGHT: Final = 0.2  # of a new time in the mean of the old ones
 
 
 class Drafter(Protocol):
@@ -87,10 +88,9 @@ class Pace:
     def timed(self, tokens: int, seconds: float) -> None:
         """A step of one sequence with so many tokens has taken so long."""
         if tokens == 1:
-            self._one += (seconds - self._one) * (_WEIGHT if self._one else 1)
+            self._one = mean(self._one, seconds)
         elif self._one:
-            each = max(0.0, seconds - self._one) / (tokens - 1)
-            self._more += (each - self._more) * (_WEIGHT if self._more else 1)
+            self._more = mean(self._more, max(0.0, seconds - self._one) / (tokens - 1))
 
     def guesses(self, chance: float, seconds: float, most: int) -> int:
         """How many guesses, each right with a chance and made in so many seconds, give most tokens per second."""

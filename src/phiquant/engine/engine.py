@@ -9,7 +9,6 @@ Sequences come and go from any thread at any time (`submit`, `cancel`): they are
 
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager
@@ -18,14 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine.cache import PageCache
-from phiquant.engine.runner import Runner
-from phiquant.engine.scheduler import Chunk, Scheduler
 from phiquant.engine.sequence import Sequence
-from phiquant.engine.speculation import Speculation
-from phiquant.engine.speed import Speed
 from phiquant.engine.stats import Stats
-from phiquant.engine.taking import take
-from phiquant.errors import ContextError, KernelError, PhiquantError, QueueFull, RequestError, TokenError
+from phiquant.engine.steps import Steps, was_closed
+from phiquant.errors import ContextError, QueueFull, RequestError, TokenError
 from phiquant.kernels.ops import Executable
 from phiquant.model import Rope
 
@@ -48,22 +43,16 @@ class Engine:
         if room < context or capacity.outputs < capacity.sequences:
             raise ContextError(f"a context of {context} tokens does not fit {capacity}")
         self.context = context
-        self._executable, self._unused = executable, unused
+        self._executable, self._rope = executable, rope
         self._cache = PageCache(capacity.pages, capacity.page_tokens, executable.copy_page)
-        self._scheduler = Scheduler(capacity, self._cache, rope)
-        self._runner = Runner(executable, rope)
-        self._speculation = Speculation(rope, capacity, context)
-        self._rope, self._speed = rope, Speed()
-        self._counts, self._busy = Counter[str](), 0.0
+        self._steps = Steps(executable, rope, self._cache, context=context, unused=unused, told=self._wake)
         self._lock = threading.Lock()  # of a step, and of all that steps change
         self._turn = threading.Lock()  # held by whoever waits for the lock to do something between two steps
         self._door = threading.Lock()  # of the queue's length, and of the thread
-        self._arrivals, self._departures = deque[Sequence](), deque[Sequence]()
-        self._followers = set[Sequence]()  # those that somebody waits for
+        self._followers: dict[threading.Event, Sequence] = {}  # who waits, and for what
         self._work_came = threading.Event()
         self._thread: threading.Thread | None = None
         self._users = 0  # who want the thread
-        self._closed = False
 
     @property
     def threads(self) -> int:
@@ -101,15 +90,14 @@ class Engine:
             if sequence.wants_all_logits and sequence.sink is None:
                 sequence.logits = np.empty((len(sequence.ids), self._executable.program.vocab_size), np.float32)
         with self._door:
-            if self._closed:
-                raise _closed()
-            free = self.parallel - len(self._scheduler.running)
-            if queue is not None and self.waiting + len(sequences) > queue + free:
-                seconds = self._speed.retry_after(self.parallel)
+            if self._steps.closed:
+                raise was_closed()
+            if queue is not None and self.waiting + len(sequences) > queue + self._steps.free:
+                seconds = self._steps.speed.retry_after(self.parallel)
                 raise QueueFull(f"{self.waiting} requests wait already; try again in {seconds:.0f} s", seconds)
             for sequence in sequences:
                 sequence.submitted = time.perf_counter()
-                self._arrivals.append(sequence)
+                self._steps.arrivals.append(sequence)
         self._work_came.set()
 
     def cancel(self, *sequences: Sequence) -> None:
@@ -117,38 +105,18 @@ class Engine:
         for sequence in sequences:
             if not sequence.ended:
                 sequence.cancelled = True
-                self._departures.append(sequence)
+                self._steps.departures.append(sequence)
         self._work_came.set()
         self._hand_over()
 
     @property
     def waiting(self) -> int:
         """Sequences without a place, those included that no step has seen."""
-        return len(self._arrivals) + len(self._scheduler.waiting)
+        return self._steps.waiting
 
     def stats(self) -> Stats:
         """Numbers of this moment; a step that is running may be half in them."""
-        capacity, counts = self._executable.capacity, self._counts
-        return Stats(
-            running=len(self._scheduler.running),
-            waiting=self.waiting,
-            parallel=capacity.sequences,
-            pages_used=capacity.pages - self._cache.available,
-            pages_known=self._cache.known,
-            pages_total=capacity.pages,
-            page_tokens=capacity.page_tokens,
-            steps=counts["steps"],
-            busy_seconds=self._busy,
-            prompt_tokens=counts["prompt"],
-            cached_tokens=counts["shared"],
-            generated_tokens=counts["generated"],
-            drafted_tokens=counts["drafted"],
-            accepted_tokens=counts["accepted"],
-            finished=counts["finished"],
-            cancelled=counts["cancelled"],
-            failed=counts["failed"],
-            preempted=self._scheduler.preempted,
-        )
+        return self._steps.stats()
 
     # What was computed can be kept, and put back.
 
@@ -220,32 +188,35 @@ class Engine:
         self._drive(sequence, lambda: (sequence.computed, sequence.shown) != before)
 
     def _drive(self, sequence: Sequence, done: Callable[[], bool]) -> None:
-        self._followers.add(sequence)
+        came = threading.Event()
+        self._followers[came] = sequence
         try:
             while not sequence.ended and not done():
-                sequence.changed.clear()
+                came.clear()
                 with self._turn:
                     pass
                 if self._thread is None and self._lock.acquire(blocking=False):
                     try:
-                        if not (sequence.ended or done() or self._step()):
+                        if not (sequence.ended or done() or self._steps.step()):
+                            if self._steps.closed:  # and whoever closes has not come to tell the sequence yet
+                                raise was_closed()
                             raise RequestError("the engine was asked to go on with a sequence that it does not know")
                     finally:
                         self._lock.release()
                         self._hand_over()
                 elif not (sequence.ended or done()):
                     self._work_came.set()
-                    sequence.changed.wait()
+                    came.wait()
         finally:
-            self._followers.discard(sequence)
+            del self._followers[came]
         if sequence.error is not None:
             raise sequence.error
 
     def start(self) -> None:
         """Have a thread compute, until `stop` has been called as often as this."""
         with self._door:
-            if self._closed:
-                raise _closed()
+            if self._steps.closed:
+                raise was_closed()
             self._users += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="phiquant-engine", daemon=True)
@@ -266,17 +237,18 @@ class Engine:
 
     def _loop(self) -> None:
         me = threading.current_thread()
-        while self._thread is me and not self._closed:
+        while self._thread is me and not self._steps.closed:
             self._work_came.clear()
             try:
                 if self.work():
                     continue
             except Exception as error:  # nothing that a sequence is to blame for, so none of them can be trusted
                 with self._alone():
-                    self._fail([*self._scheduler.running, *self._scheduler.waiting], error)
+                    self._steps.fail_all(error)
                 continue
-            if self._thread is me and not self._closed:
+            if self._thread is me and not self._steps.closed:
                 self._work_came.wait()
+        self._work_came.set()  # a thread that was started meanwhile looks again: the call may have been for it
 
     def work(self) -> bool:
         """Compute one step, if there is anything to do; returns whether there was."""
@@ -284,7 +256,7 @@ class Engine:
             pass  # others first: a thread that lets the lock go and takes it again leaves them no time
         try:
             with self._lock:
-                return self._step()
+                return self._steps.step()
         finally:
             self._hand_over()
 
@@ -299,127 +271,32 @@ class Engine:
 
     def _hand_over(self) -> None:
         """The lock is free, for all that is known here: let go who was cancelled meanwhile, and let others work."""
-        while self._departures and self._lock.acquire(blocking=False):
+        while self._steps.departures and self._lock.acquire(blocking=False):
             try:
-                self._settle()
+                self._steps.settle()
             finally:
                 self._lock.release()
         if self._thread is None:
-            for sequence in self._followers.copy():
-                sequence.changed.set()
+            for came in self._followers.copy():
+                came.set()
+
+    def _wake(self, sequence: Sequence) -> None:
+        """Who waits for this one shall look at it."""
+        for came, followed in self._followers.copy().items():
+            if followed is sequence:
+                came.set()
 
     def close(self) -> None:
         """End the running step and the thread, and free the processor's memory and threads."""
         with self._door:
-            self._closed = True
+            self._steps.closed = True
             thread, self._thread = self._thread, None
         self._executable.cancel()
         self._work_came.set()
         with self._alone():
-            self._settle()
-            self._fail([*self._scheduler.running, *self._scheduler.waiting], _closed())
+            self._steps.settle()
+            self._steps.fail_all(was_closed())
             self._executable.close()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         self._hand_over()
-
-    # What a step is. All of it happens under the lock.
-
-    def _settle(self) -> None:
-        """Take in who came and let go who was cancelled."""
-        while self._arrivals:
-            self._scheduler.add(self._arrivals.popleft())
-        while self._departures:
-            sequence = self._departures.popleft()
-            if not sequence.ended:
-                sequence.finish = "cancelled"
-                self._end(sequence)
-                self._tell(sequence)
-
-    def _step(self) -> bool:
-        """Every sequence is consistent if this is interrupted anywhere: what is not recorded is computed again."""
-        self._settle()
-        chunks: list[Chunk] = []
-        begin = time.perf_counter()
-        try:
-            if not self._scheduler.busy or self._closed:
-                return False
-            if len(self._scheduler.running) == 1 and not self._scheduler.waiting:
-                self._speculation.guess(self._scheduler.running[0])  # it has the step to itself
-            chunks = self._scheduler.plan(self._speed.room)
-            if not chunks:
-                raise KernelError("no sequence can go on; this is a mistake in the scheduler")
-            begin = time.perf_counter()
-            results = self._runner.run(chunks)
-        except Exception as error:
-            involved = [chunk.sequence for chunk in chunks] or [*self._scheduler.running, *self._scheduler.waiting]
-            self._fail(involved, _closed() if self._closed else error)
-            return True
-        now = time.perf_counter()
-        self._timed(chunks, now - begin)
-        for chunk, rows in zip(chunks, results, strict=True):
-            self._take(chunk, rows, now)
-        self._settle()
-        return True
-
-    def _take(self, chunk: Chunk, rows: NDArray[np.float32], now: float) -> None:
-        sequence, length = chunk.sequence, len(chunk.sequence.ids)
-        if not sequence.cancelled:
-            try:
-                take(chunk, rows, context=self.context, unused=self._unused)
-            except Exception as error:
-                sequence.error = error
-        if len(sequence.ids) > length:
-            sequence.first_token, sequence.last_token = sequence.first_token or now, now
-            self._counts["generated"] += len(sequence.ids) - length
-        sequence.shown = len(sequence.ids)
-        self._scheduler.computed(chunk)
-        if sequence.ended:
-            self._end(sequence)
-        self._tell(sequence)
-
-    def _end(self, sequence: Sequence) -> None:
-        """It has ended: pages and place are free."""
-        self._scheduler.remove(sequence)
-        how = "failed" if sequence.error else "cancelled" if sequence.finish == "cancelled" else "finished"
-        self._counts[how] += 1
-        self._counts["prompt"] += sequence.prompt_length
-        self._counts["shared"] += sequence.shared
-        self._counts["drafted"] += sequence.drafted
-        self._counts["accepted"] += sequence.accepted
-        if sequence.begun:
-            self._speed.ended(time.perf_counter() - sequence.begun)
-
-    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
-        """Each gets an error of its own: one that several threads raise would gather their tracebacks."""
-        for sequence in sequences:
-            if isinstance(error, PhiquantError):
-                sequence.error = type(error)(*error.args)
-            else:
-                sequence.error = KernelError(f"the step failed: {type(error).__name__}: {error}")
-            sequence.error.__cause__ = error.__cause__ or error
-            self._end(sequence)
-            self._tell(sequence)
-
-    def _tell(self, sequence: Sequence) -> None:
-        if sequence.listener is not None:
-            try:
-                sequence.listener(sequence)
-            except Exception as error:
-                if not sequence.ended:
-                    sequence.error = error
-                    self._end(sequence)
-        sequence.changed.set()
-
-    def _timed(self, chunks: list[Chunk], seconds: float) -> None:
-        generating = sum(chunk.generates for chunk in chunks)
-        prompt = sum(chunk.stop - chunk.start for chunk in chunks if not chunk.generates)
-        self._speed.stepped(generating, prompt, seconds)
-        if len(chunks) == 1 and chunks[0].sequence.generated:
-            self._speculation.pace.timed(chunks[0].stop - chunks[0].start, seconds)
-        self._counts["steps"] += 1
-        self._busy += seconds
-
-
-def _closed() -> RequestError:
-    return RequestError("the model was closed while it worked")

@@ -7,11 +7,11 @@ from typing import Final
 from phiquant.engine.engine import Engine
 from phiquant.engine.sampling import Sampling
 from phiquant.engine.sequence import Sequence
+from phiquant.engine.speed import mean
 
 __all__ = ["ModelDraft"]
 
 _LIKELIEST: Final = Sampling(0)
-_WEIGHT: Final = 0.2  # of a new time in the mean of the old ones
 
 
 class ModelDraft:
@@ -38,6 +38,5 @@ class ModelDraft:
         finally:
             self._engine.cancel(job)
         if most > 1:
-            each = (time.perf_counter() - begin) / (most - 1)
-            self.seconds += (each - self.seconds) * (_WEIGHT if self.seconds else 1)
+            self.seconds = mean(self.seconds, (time.perf_counter() - begin) / (most - 1))
         return job.generated

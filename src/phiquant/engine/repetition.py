@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine.sampling import Breaker, Sampling
 
-__all__ = ["dry", "penalize"]
+__all__ = ["LARGEST", "dry", "penalize"]
 
 Floats = NDArray[np.float32]
 
-# base ** exponent stays within float32 up to this logarithm.
-_LARGEST_LOG: Final = math.log(float(np.finfo(np.float32).max))
+LARGEST: Final = np.float32(1e30)
+"""Any other score is nothing beside this, and sums of it are still finite: what is more is this."""
+
+_LARGEST_FLOAT: Final = float(np.finfo(np.float32).max)
 
 
 def penalize(scores: Floats, ids: Sequence[int], s: Sampling) -> None:
@@ -24,8 +26,11 @@ def penalize(scores: Floats, ids: Sequence[int], s: Sampling) -> None:
     recent = ids if s.repeat_last_n < 0 else ids[-s.repeat_last_n :]
     tokens, counts = np.unique(np.asarray(recent, np.int64), return_counts=True)
     values = scores[tokens]
-    values = np.where(values > 0, values / s.repeat_penalty, values * s.repeat_penalty)
-    scores[tokens] = values - counts * s.frequency_penalty - s.presence_penalty
+    forbidden = values == -np.inf
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # of absurd penalties
+        values = np.where(values > 0, values / s.repeat_penalty, values * s.repeat_penalty)
+        values = _bounded(values) - _bounded(counts * s.frequency_penalty) - _bounded(s.presence_penalty)
+    scores[tokens] = np.where(forbidden, -np.inf, values)
 
 
 def dry(scores: Floats, ids: Sequence[int], s: Sampling) -> None:
@@ -41,13 +46,19 @@ def dry(scores: Floats, ids: Sequence[int], s: Sampling) -> None:
     reach = _since_breaker(text, s.dry_breakers)
     if len(text) <= s.dry_allowed_length or reach < s.dry_allowed_length:
         return
-    most = int(_LARGEST_LOG / math.log(s.dry_base)) if s.dry_base > 1.000001 else 0
     # Longer repetitions count no more than the longest whose penalty is a float32.
-    limit = min(reach, len(text) - 1, s.dry_allowed_length + most) if most else min(reach, len(text) - 1)
+    most = max(1, int(math.log(_LARGEST_FLOAT) / math.log(s.dry_base))) if s.dry_base > 1.000001 else len(text)
+    limit = min(reach, len(text) - 1, s.dry_allowed_length + most)
     singles = {head for head, tail in s.dry_breakers if not tail}
     for token, length in _continuations(text, limit).items():
         if length >= s.dry_allowed_length and token not in singles:
-            scores[token] -= s.dry_multiplier * s.dry_base ** min(length - s.dry_allowed_length, most or length)
+            penalty = s.dry_multiplier * s.dry_base ** min(length - s.dry_allowed_length, most)
+            scores[token] -= min(penalty, _LARGEST_FLOAT)
+
+
+def _bounded(values: NDArray[Any] | float) -> NDArray[Any]:
+    bounded: NDArray[Any] = np.clip(values, -LARGEST, LARGEST)
+    return bounded
 
 
 def _since_breaker(text: NDArray[np.int64], breakers: tuple[Breaker, ...]) -> int:

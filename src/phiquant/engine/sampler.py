@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine import truncation
-from phiquant.engine.repetition import dry, penalize
+from phiquant.engine.repetition import LARGEST, dry, penalize
 from phiquant.engine.sampling import Sampling
 from phiquant.engine.truncation import Candidates, largest
 from phiquant.errors import KernelError, RequestError
@@ -61,7 +61,7 @@ class Sampler:
         self.sampling = sampling
         self._mu = 2 * sampling.mirostat_tau
         self._biased = np.array([token for token, _ in sampling.logit_bias], np.int64)
-        self._biases = np.array([bias for _, bias in sampling.logit_bias], np.float32)
+        self._biases = np.array([_clipped(bias) for _, bias in sampling.logit_bias], np.float32)
 
     def choose(
         self,
@@ -152,6 +152,10 @@ def sample(
 ) -> int:
     """One choice of a Sampler that remembers nothing; see `Sampler.choose`."""
     return Sampler(sampling).choose(logits, ids, unused=unused, allowed=allowed)
+
+
+def _clipped(bias: float) -> float:
+    return bias if bias == -math.inf else max(-float(LARGEST), min(bias, float(LARGEST)))
 
 
 def _candidates(scores: NDArray[np.float32], most: int) -> Candidates:

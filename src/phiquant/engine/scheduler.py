@@ -11,12 +11,11 @@ prompt, one that lost its pages has everything again. Sequences have places in t
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
 
-from phiquant.engine.cache import PageCache
+from phiquant.engine.cache import PageCache, common_length
 from phiquant.engine.sequence import Sequence
 from phiquant.kernels.ops import Capacity
 from phiquant.model import Regime, Rope
@@ -186,7 +185,7 @@ class Scheduler:
             sequence.shared = sequence.computed
         self._regimes[sequence] = regime
         older = [s for s in self.running[: self.running.index(sequence)] if not s.wants_all_logits]
-        found = [(_common(s.ids, known[:-1]), -s.arrival, s) for s in older if self._regimes[s] is regime]
+        found = [(common_length(s.ids, known[:-1]), -s.arrival, s) for s in older if self._regimes[s] is regime]
         if found:
             length, _, leader = max(found)
             if leader.computed < length and length - sequence.computed >= self._cache.page_tokens:
@@ -244,15 +243,3 @@ def _in_turn(prompts: list[Sequence], room: int) -> list[Sequence]:
         short.append(sequence)
         left -= sequence.pending
     return short + [s for s in prompts if s not in short]
-
-
-def _common(a: Ids[int], b: Ids[int]) -> int:
-    """Length of the longest beginning that both have."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

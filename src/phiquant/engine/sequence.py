@@ -1,6 +1,5 @@
 """One text being computed: its tokens, how far the cache has got, and how it ends."""
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -44,7 +43,6 @@ class Sequence:
         found: what was noted.
         listener: is called with the sequence, by the thread that computes, whenever tokens came or it ended. It must
             not wait for anything.
-        changed: set whenever the listener is called.
         cancelled: somebody asked for its end, and the engine is going to hear of it.
         computed: tokens whose keys and values are in the cache.
         shared: tokens that were taken from earlier sequences when it began.
@@ -90,7 +88,7 @@ class Sequence:
         self.hidden, self.reuse = hidden, reuse
         self.logits: NDArray[np.float32] | None = None
         self.sink, self.first, self.hold = sink, first, False
-        self.listener, self.changed, self.cancelled = listener, threading.Event(), False
+        self.listener, self.cancelled = listener, False
         self.computed = self.shared = 0
         self.table: PageTable | None = None
         self.finish: Finish | None = None

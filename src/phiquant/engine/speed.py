@@ -3,7 +3,7 @@
 import math
 from typing import Final
 
-__all__ = ["LEAST", "STEP_SECONDS", "Speed"]
+__all__ = ["LEAST", "STEP_SECONDS", "Speed", "mean"]
 
 STEP_SECONDS: Final = 0.2
 """What a step may last while sequences are generating: whoever reads along waits no longer for the next token."""
@@ -23,14 +23,14 @@ class Speed:
     def stepped(self, generating: int, prompt: int, seconds: float) -> None:
         """A step for so many sequences that were generating, with so many tokens of prompts, has taken so long."""
         if prompt == 0:
-            self._generating = _mean(self._generating, seconds)
+            self._generating = mean(self._generating, seconds)
         elif prompt >= LEAST:
             base = min(self._generating, 0.8 * seconds) if generating else 0.0  # what it would have taken without
-            self._token = _mean(self._token, (seconds - base) / prompt)
+            self._token = mean(self._token, (seconds - base) / prompt)
 
     def ended(self, seconds: float) -> None:
         """A sequence had a place for so long."""
-        self._sequence = _mean(self._sequence, seconds)
+        self._sequence = mean(self._sequence, seconds)
 
     @property
     def room(self) -> int:
@@ -45,5 +45,6 @@ class Speed:
         return float(max(1, math.ceil(self._sequence / places)))
 
 
-def _mean(old: float, new: float) -> float:
+def mean(old: float, new: float) -> float:
+    """The mean of what was measured so far, 0 if there is nothing, and of a new figure, which counts more each."""
     return new if not old else old + (new - old) * _WEIGHT

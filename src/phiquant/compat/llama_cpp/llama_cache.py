@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ from typing import Final
 import numpy as np
 
 from phiquant.compat.llama_cpp.state import LlamaState
+from phiquant.engine.cache import common_length
 from phiquant.errors import CacheError, OutputError
 from phiquant.gguf import temporary
 
@@ -27,10 +29,7 @@ _CAPACITY: Final = 2 << 30  # bytes
 
 def longest_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the beginning."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return common_length(tuple(a), tuple(b))
 
 
 class BaseLlamaCache(ABC):
@@ -113,7 +112,7 @@ class LlamaDiskCache(BaseLlamaCache):
     @property
     def cache_size(self) -> int:
         """See `BaseLlamaCache`."""
-        return sum(path.stat().st_size for path in self._files())
+        return sum(size for _, size, _ in self._files())
 
     def __getitem__(self, key: Sequence[int]) -> LlamaState:
         keys = self._keys()
@@ -122,7 +121,8 @@ class LlamaDiskCache(BaseLlamaCache):
             if ids == found:
                 state = _state(path)
                 if state is not None:
-                    os.utime(path)
+                    with suppress(OSError):  # another process has taken it away meanwhile
+                        os.utime(path)
                     return state
         raise KeyError("nothing that is kept begins with these tokens")
 
@@ -141,20 +141,32 @@ class LlamaDiskCache(BaseLlamaCache):
         finally:
             made.unlink(missing_ok=True)
         self._known.pop(self._directory / f"{name}.npz", None)
-        oldest = sorted(self._files(), key=lambda path: path.stat().st_mtime_ns)
-        while oldest and self.cache_size > self.capacity_bytes:
-            oldest.pop(0).unlink(missing_ok=True)
+        files = sorted(self._files())
+        size = sum(nbytes for _, nbytes, _ in files)
+        while files and size > self.capacity_bytes:
+            _, nbytes, oldest = files.pop(0)
+            oldest.unlink(missing_ok=True)
+            size -= nbytes
 
-    def _files(self) -> list[Path]:
-        return list(self._directory.glob("*.npz"))
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """When each file was used last, its bytes, and its path; those that another process takes away are left out."""
+        found = []
+        for path in self._directory.glob("*.npz"):
+            with suppress(OSError):
+                about = path.stat()
+                found.append((about.st_mtime_ns, about.st_size, path))
+        return found
 
     def _keys(self) -> dict[Path, tuple[int, ...]]:
         """Tokens of every file that is a state."""
-        for path in self._files():
-            if path not in self._known:
+        files = [path for _, _, path in self._files()]
+        known = {path: self._known[path] for path in files if path in self._known}
+        for path in files:
+            if path not in known:
                 state = _state(path)
-                self._known[path] = () if state is None else tuple(state.ids)
-        return {path: ids for path, ids in self._known.items() if path.exists()}
+                known[path] = () if state is None else tuple(state.ids)
+        self._known = known
+        return known
 
 
 def _state(path: Path) -> LlamaState | None:

@@ -6,14 +6,14 @@ Without a `draft_model` the engine guesses from what the text repeats, where tha
 import abc
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Drafts", "LlamaDraftModel", "LlamaPromptLookupDecoding"]
+from phiquant.engine.speed import mean
 
-_WEIGHT: Final = 0.2  # of a new time in the mean of the old ones
+__all__ = ["Drafts", "LlamaDraftModel", "LlamaPromptLookupDecoding"]
 
 
 class LlamaDraftModel(abc.ABC):
@@ -58,7 +58,7 @@ class Drafts:
         """At most `most` tokens; what is no token ends them."""
         begin = time.perf_counter()
         guessed = np.asarray(self._model(np.array(ids, np.intc)), np.int64).reshape(-1)[:most]
-        self.seconds += (time.perf_counter() - begin - self.seconds) * (_WEIGHT if self.seconds else 1)
+        self.seconds = mean(self.seconds, time.perf_counter() - begin)
         bad = np.flatnonzero((guessed < 0) | (guessed >= self._vocabulary))
         found: list[int] = guessed[: bad[0] if len(bad) else len(guessed)].tolist()
         return found

@@ -2,8 +2,9 @@
 
 import fnmatch
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from phiquant import hub
 from phiquant.compat.llama_cpp.refusals import ArgumentError
 
 __all__ = ["download"]
@@ -19,11 +20,11 @@ def download(
 ) -> str:
     """Fetch a file and additional ones, each by a name or a pattern that fits only it; gives the path of the first.
 
-    Raises ArgumentError (a ValueError) if a pattern fits no file, or several.
+    Raises:
+        ArgumentError (a ValueError): a pattern fits no file, or several.
+        RequestError: there is no such repository, or it cannot be fetched.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-
-    names = HfApi().list_repo_files(repo_id)
+    names = hub.names(repo_id)
     paths = []
     for pattern in (filename or "*.gguf", *additional):
         found = [name for name in names if fnmatch.fnmatch(name, pattern)]
@@ -31,9 +32,5 @@ def download(
             what = "several files" if found else "no file"
             shown = ", ".join((found or names)[:20])
             raise ArgumentError(f"{repo_id} has {what} of the name {pattern}; there are {shown}")
-        path = PurePosixPath(found[0])
-        subfolder = None if path.parent == PurePosixPath(".") else str(path.parent)
-        paths.append(
-            hf_hub_download(repo_id, filename=path.name, subfolder=subfolder, local_dir=local_dir, cache_dir=cache_dir)
-        )
+        paths.append(hub.fetched(repo_id, found[0], local_dir=local_dir, cache_dir=cache_dir))
     return str(paths[0])

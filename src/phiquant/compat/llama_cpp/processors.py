@@ -1,13 +1,12 @@
 """Callables of a script that have a say in what comes: they see tokens and scores as NumPy arrays."""
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.engine import Sampling
-from phiquant.engine.repetition import penalize
+from phiquant.engine.repetition import LARGEST, penalize
 
 __all__ = [
     "Hook",
@@ -27,9 +26,6 @@ scores."""
 
 StoppingCriteria = Callable[[Ids, Scores], bool]
 """Gets the same, the scores as the model gave them, and says whether the text is to end before the next token."""
-
-# A processor that forces a token gives it infinity; any other score is nothing beside this, too.
-_LARGEST: Final = np.float32(1e30)
 
 
 class LogitsProcessorList(list[LogitsProcessor]):
@@ -105,7 +101,7 @@ class Hook:
             given = np.array(ids, np.intc)
             for processor in self._processors:
                 scores = np.asarray(processor(given, scores), np.float32)
-            scores = np.minimum(scores, _LARGEST)
+            scores = np.minimum(scores, LARGEST)  # one that forces a token gives it infinity
         for token, value in self._bias.items():
             scores[token] += value
         penalize(scores, ids[self._prompt :], self._penalties)
