@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from .options import CACHE_TYPES, Quiet
+from .options import GivenCacheType, Quiet
 
 __all__ = ["serve"]
 
@@ -49,12 +49,7 @@ def serve(
     batch_size: Annotated[
         int | None, Option("--batch-size", "-b", metavar="N", help="Most tokens of a step; 512 by default.")
     ] = None,
-    cache_type: Annotated[
-        str | None,
-        Option(
-            "--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."
-        ),
-    ] = None,
+    cache_type: GivenCacheType = None,
     cache_tokens: Annotated[
         int | None,
         Option("--cache-tokens", metavar="N", help="Tokens that the cache holds for all; by default a context each."),
