@@ -135,7 +135,7 @@ class Settings:
         given = {name: value for name, value in given.items() if value not in (None, (), [])}
         paths, names = given.pop("models", ()), list(given.pop("alias", ()))
         if len(names) > len(paths):
-            raise RequestError(f"--alias names {len(names)} models, and --model gives {len(paths)}")
+            raise RequestError(f"--alias names {len(names)} models, and {len(paths)} are given")
         of_models = {field.name for field in fields(Model)} - {"path", "name"}
         of_all = {field.name for field in fields(cls)} - {"models"}
         listed = found.pop("models", [])

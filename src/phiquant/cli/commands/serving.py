@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from .options import GivenCacheType, Quiet
+from .options import GivenCacheType, HfRepos, Quiet
 
 __all__ = ["serve"]
 
@@ -20,10 +20,14 @@ def serve(
             help="A GGUF file; may be given several times, the first is meant by default.",
         ),
     ] = None,
+    hf_repo: HfRepos = None,
     alias: Annotated[
         list[str] | None,
         Option(
-            "--alias", "-a", metavar="NAME", help="The name of a model, in the order of --model; by default its file's."
+            "--alias",
+            "-a",
+            metavar="NAME",
+            help="The name of a model, in the order of --model, then of --hf-repo; by default its file's.",
         ),
     ] = None,
     host: Annotated[
@@ -108,7 +112,8 @@ def serve(
         quiet=quiet,
         max_body=max_body,
         api_key_file=api_key_file or (),
-        models=model,
+        models=model or (),
+        repositories=hf_repo or (),
         alias=alias,
         host=host,
         port=port,
