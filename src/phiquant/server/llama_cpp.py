@@ -3,7 +3,8 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -12,6 +13,7 @@ from starlette.responses import Response
 
 from phiquant import __version__
 from phiquant.completion import Options
+from phiquant.engine import Sampling
 from phiquant.server.conversation import MOST_MESSAGES, ChatMessage, ToolSpec, template_message, toolbox_of
 from phiquant.server.failures import Failure, body_of, refuse
 from phiquant.server.fields import (
@@ -113,6 +115,14 @@ class LlamaCompletionBody(LlamaSampling):
                 ids = loaded.llm.tokenizer.encode_continuation(key)
             found |= dict.fromkeys(ids, number)
         return found
+
+
+_DEFAULTS: Final = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for field in fields(Sampling)
+    if field.name in LlamaCompletionBody.model_fields and field.name not in ("seed", "logit_bias")
+}
+"""What a sampler does that is told nothing, by llama-server's names; the seed is one of chance."""
 
 
 class TokenizeBody(Body):
@@ -256,7 +266,10 @@ def routes(service: Service) -> APIRouter:
             llm, hosted = loaded.llm, service.hosting.find(model)
             template = llm.tokenizer.chat_template
             return {
-                "default_generation_settings": {"n_ctx": llm.context, "params": {"n_predict": -1}},
+                "default_generation_settings": {
+                    "n_ctx": llm.context,
+                    "params": {"n_predict": -1, "seed": -1, **_DEFAULTS},
+                },
                 "total_slots": hosted.model.parallel,
                 "model_alias": hosted.model.name,
                 "chat_template": "" if template is None else template.source,
