@@ -1,6 +1,5 @@
 """Fields that several families' requests share, with their ranges; None is as good as not given."""
 
-import json
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -10,7 +9,22 @@ from phiquant.errors import RequestError
 from phiquant.server.failures import refuse
 from phiquant.text.grammar import Grammar
 
-__all__ = ["MOST_TOKENS", "Body", "LlamaSampling", "Name", "Stops", "Whole", "bias_of", "grammar_of", "stops_of"]
+__all__ = [
+    "MOST_TOKENS",
+    "Body",
+    "JsonSchema",
+    "LlamaSampling",
+    "Name",
+    "Number",
+    "ResponseFormat",
+    "Stop",
+    "Stops",
+    "Whole",
+    "bias_of",
+    "grammar_of",
+    "seed_of",
+    "stops_of",
+]
 
 MOST_TOKENS: Final = 1 << 30
 
@@ -137,8 +151,3 @@ def bias_of(bias: dict[str, float] | None, vocabulary: int) -> dict[int, float]:
 def seed_of(seed: int | None) -> int | None:
     """A seed as the engine takes it: any 64 bits; negative ones, as everywhere, stand for chance only as -1."""
     return None if seed is None or seed == -1 else seed % (1 << 64)
-
-
-def compact(value: object) -> str:
-    """JSON as short as it gets."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -5,13 +5,13 @@ import ipaddress
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
 from phiquant.errors import RequestError
 
-__all__ = ["Model", "Settings", "is_loopback"]
+__all__ = ["LOCAL", "Model", "Settings", "is_loopback", "read_keys"]
 
 LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 
@@ -171,10 +171,6 @@ class Settings:
         if "*" in self.cors and not self.api_keys:
             found.append("--cors '*' without --api-key lets every page in a browser use this server")
         return found
-
-    def without_models(self) -> "Settings":
-        """For what is logged: without keys as well."""
-        return replace(self, api_keys=())
 
 
 def is_loopback(host: str) -> bool:
