@@ -56,6 +56,7 @@ def test_probabilities_and_grammars(server: Server) -> None:
     "wrong",
     [
         {"prompt": ""},
+        {"prompt": ["x", 5, "word" * 10_000]},
         {"prompt": "x", "n_predict": 0},
         {"prompt": "x", "n_predict": -5},
         {"prompt": "x", "top_k": "many"},

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from phiquant.server.failures import Failure
@@ -25,6 +26,12 @@ class Loaded:
 
     llm: "LLM"
     engine: "AsyncLLM"
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token."""
+        tokenizer = self.llm.tokenizer
+        return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
 
 Loader = Callable[[Model], Awaitable[Loaded]]

@@ -32,7 +32,7 @@ from phiquant.server.fields import (
 from phiquant.server.generation import Answer, End, Event, TextDelta, Work
 from phiquant.server.hosting import Loaded
 from phiquant.server.openai_completions import Token
-from phiquant.server.service import Service, read_prompt, timings_of, token_logprobs
+from phiquant.server.service import Service, read_prompt, refuse_endless, timings_of, token_logprobs
 from phiquant.server.streaming import Json, event
 
 __all__ = ["LlamaCompletionBody", "routes"]
@@ -77,7 +77,7 @@ class LlamaCompletionBody(LlamaSampling):
         if self.most == 0:
             raise refuse("n_predict is 0; ask for at least one token, or for -1", "n_predict")
         options |= Options(max_tokens=self.most, seed=seed_of(self.seed), stop=stops_of(self.stop))
-        bias = self._bias(loaded)
+        bias = await asyncio.to_thread(self._bias, loaded)
         if bias:
             options["logit_bias"] = bias
         if self.n_probs:
@@ -91,6 +91,8 @@ class LlamaCompletionBody(LlamaSampling):
         """Token ids of the prompt."""
         if isinstance(self.prompt, str):
             return await read_prompt(loaded, self.prompt)
+        texts = [part for part in self.prompt if isinstance(part, str)]
+        await asyncio.to_thread(refuse_endless, loaded, texts)
         ids: list[int] = []
         for at, part in enumerate(self.prompt):
             if isinstance(part, int):

@@ -39,7 +39,7 @@ from phiquant.server.hosting import Loaded
 from phiquant.server.service import Service, new_id, timings_of, token_logprobs
 from phiquant.server.streaming import DONE, event
 
-__all__ = ["ChatBody", "routes"]
+__all__ = ["ChatBody", "OpenAISampling", "failed", "routes", "usage_of"]
 
 
 class StreamOptions(Body):

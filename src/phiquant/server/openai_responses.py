@@ -313,7 +313,7 @@ class _Pieces:
         at = {"output_index": len(self._output)}
         if self._text is not None:
             id_, pieces, logprobs = self._text
-            text, where = "".join(pieces), {"item_id": self._text[0], **at, "content_index": 0}
+            text, where = "".join(pieces), {"item_id": id_, **at, "content_index": 0}
             part = _text_part(text, logprobs)
             found = self.event("response.output_text.done", **where, text=text, logprobs=logprobs)
             found += self.event("response.content_part.done", **where, part=part)

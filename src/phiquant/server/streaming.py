@@ -14,7 +14,7 @@ from phiquant.server.failures import ENDING, Failure, failure_of
 from phiquant.server.guard import RECORD
 from phiquant.server.logs import Record
 
-__all__ = ["Json", "Stream", "attended", "event", "record_of"]
+__all__ = ["DONE", "Json", "Stream", "attended", "event", "line", "record_of"]
 
 PATIENCE: Final = 5.0
 """Seconds to the first piece within which a refusal still gets a status of its own."""
