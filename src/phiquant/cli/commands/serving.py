@@ -99,7 +99,9 @@ def serve(
     config: Annotated[
         Path | None,
         Option(
-            "--config", metavar="FILE", help="All of this as TOML: [[models]] with path and name; options count more."
+            "--config",
+            metavar="FILE",
+            help="Options as TOML: [[models]] with path and name; those given here count more.",
         ),
     ] = None,
     quiet: Quiet = False,
