@@ -1,5 +1,6 @@
 """Fields that several families' requests share, with their ranges; None is as good as not given."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -48,6 +49,10 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
+    def given(self, names: Iterable[str]) -> Any:
+        """Those of these fields that are not None, as a dictionary: options of the engine."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
 
 class LlamaSampling(Body):
     """llama-server's names for what a sampler can be told, on all endpoints but those whose clients have their own."""
@@ -83,11 +88,9 @@ class LlamaSampling(Body):
 
     def sampling(self) -> Options:
         """What was given, as the engine's options."""
-        names = set(LlamaSampling.model_fields) - {"grammar", "json_schema"}
-        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if "top_k" in given:
-            given["top_k"] = max(given["top_k"], 0)
-        options: Options = given  # type: ignore[assignment]
+        options: Options = self.given(set(LlamaSampling.model_fields) - {"grammar", "json_schema"})
+        if "top_k" in options:
+            options["top_k"] = max(options["top_k"], 0)
         return options
 
 

@@ -67,11 +67,8 @@ class LlamaCompletionBody(LlamaSampling):
 
     async def plan(self, loaded: Loaded) -> Work:
         """What is to be computed. Raises RequestError, Failure."""
-        options: Options = self.sampling()
-        for name in ("top_p", "presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if value is not None:
-                options[name] = value
+        options = self.sampling()
+        options |= self.given(("top_p", "presence_penalty", "frequency_penalty"))
         if self.temperature is not None:
             options["temperature"] = max(self.temperature, 0.0)
         if self.most == 0:
