@@ -24,7 +24,6 @@ class Served:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    pytest.importorskip("phiquant.server.app", reason="this version has no server")
     file = tmp_path_factory.mktemp("page") / "tiny.gguf"
     convert(MODEL, file, "q8_0")
     command = [sys.executable, "-m", "phiquant", "serve", "-m", str(file), "--port", "0"]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import stat
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,9 @@ def test_json_says_what_was_chosen_and_why_the_rest_was_not(capsys: pytest.Captu
     assert found["backends"]["cpu"] == "available"  # type: ignore[index]
     assert "not part of this version" in found["backends"]["triton"]  # type: ignore[index]
     assert "missing" not in found["libraries"].values()  # type: ignore[attr-defined]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    needed = {re.split("[^\\w-]", text)[0].replace("-", "_") for text in project["dependencies"]}
+    assert found["libraries"].keys() == needed  # type: ignore[attr-defined]
 
 
 def test_a_forced_lowering_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

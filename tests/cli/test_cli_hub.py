@@ -129,7 +129,7 @@ def test_verbs_take_models_of_the_hub(
 
 
 def test_a_wrong_name_is_one_sentence_before_anything_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in (["run"], ["inspect"], ["perplexity"], ["verify"], ["bench"]):
+    for verb in (["run"], ["serve"], ["inspect"], ["perplexity"], ["verify"], ["bench"]):
         assert app.run([*verb, "-hf", "no name"]) == 1
         assert capsys.readouterr().err.startswith("phiquant: error: 'no name' is no model of the Hub; write owner/name")
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from phiquant.cli.app import run
+from phiquant.hub import Reference
 from phiquant.server.settings import Settings
 
 
@@ -68,6 +69,27 @@ def test_a_file_of_options(served: list[Settings], file: Path, tmp_path: Path) -
     (tmp_path / "serve.toml").write_text("port = 9\nslots = true\n[[models]]\npath = 'tiny.gguf'\n")
     assert run(["serve", "--config", str(tmp_path / "serve.toml"), "--port", "10"]) == 0
     assert (served[0].port, served[0].slots, served[0].models[0].path) == (10, True, file)
+
+
+def test_models_of_the_hub_come_after_files(
+    served: list[Settings], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "phi-Q8_0.gguf").touch()
+    asked: list[str] = []
+
+    def gguf(reference: Reference, *, download: Any) -> Path:
+        asked.append(str(reference))
+        return tmp_path / f"phi-{reference.quant}.gguf"
+
+    monkeypatch.setattr("phiquant.hub.gguf", gguf)
+    assert run(["serve", "-hf", "org/phi:Q8_0", "-m", str(file), "-a", "first"]) == 0
+    assert asked == ["org/phi:Q8_0"]
+    assert [(model.path, model.name) for model in served[0].models] == [
+        (file, "first"),
+        (tmp_path / "phi-Q8_0.gguf", "phi-Q8_0"),
+    ]
+    assert run(["serve", "-hf", "org/phi:Q8_0"]) == 0
+    assert [model.name for model in served[1].models] == ["phi-Q8_0"]
 
 
 def test_no_key_on_an_open_address_is_warned_of(

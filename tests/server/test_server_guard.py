@@ -234,7 +234,9 @@ def test_a_client_that_leaves_cancels_its_work(make: Make, stream: bool) -> None
     asyncio.run(run())
 
 
-def test_a_client_that_does_not_read_loses_its_place(make: Make) -> None:
+def test_a_client_that_does_not_read_loses_its_place(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "phiquant.server")
+
     async def run() -> None:
         server = make("word " * 50, client_timeout=0.1)
         server.engine.pause = 0.01
@@ -248,6 +250,9 @@ def test_a_client_that_does_not_read_loses_its_place(make: Make) -> None:
         assert not any(message.get("more_body") is False for message in client.sent[1:])
 
     asyncio.run(run())
+    (entry,) = caplog.records
+    assert entry.name.endswith("access")  # no failure of the server
+    assert "the client took nothing for 0.1 s" in entry.getMessage()
 
 
 def test_a_client_that_sends_slowly_is_not_waited_for(make: Make) -> None:

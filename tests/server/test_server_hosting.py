@@ -91,6 +91,33 @@ def test_a_model_that_could_not_be_loaded_is_tried_again() -> None:
     asyncio.run(run())
 
 
+def test_a_client_that_leaves_while_a_model_is_loaded_leaves_it_to_the_next() -> None:
+    async def run() -> None:
+        log: list[str] = []
+        host = hosting(log)
+
+        async def use() -> Loaded:
+            async with host.lease("a") as loaded:
+                return loaded
+
+        first = asyncio.create_task(use())
+        await asyncio.sleep(0.001)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert host.find("a").leases == 0
+        await use()
+        assert log == ["load a"]
+        last = asyncio.create_task(host.ready(host.find("b")))
+        await asyncio.sleep(0)
+        last.cancel()
+        await host.close()
+        assert log[-1] == "close b"
+        assert log.count("load b") == 1
+
+    asyncio.run(run())
+
+
 def test_only_configured_names_are_found() -> None:
     host = hosting([])
     assert host.find(None).model.name == "a"

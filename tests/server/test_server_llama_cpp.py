@@ -56,6 +56,7 @@ def test_probabilities_and_grammars(server: Server) -> None:
     "wrong",
     [
         {"prompt": ""},
+        {"prompt": ["x", 5, "word" * 10_000]},
         {"prompt": "x", "n_predict": 0},
         {"prompt": "x", "n_predict": -5},
         {"prompt": "x", "top_k": "many"},
@@ -98,6 +99,11 @@ def test_what_is_served(make: Make) -> None:
     props = server.ask("GET", "/props").json()
     assert props["default_generation_settings"]["n_ctx"] == 256
     assert props["model_alias"] == "tiny"
+    params = props["default_generation_settings"]["params"]
+    shown = {name: params[name] for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")}
+    assert shown == {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0}
+    assert (params["n_predict"], params["seed"], params["samplers"][-1]) == (-1, -1, "temperature")
+    assert server.post("/completion", prompt="x", **params).status_code == 200
     assert "<|user|>" in props["chat_template"]
     assert props["eos_token"].startswith("<|")
     assert server.ask("GET", "/props?model=other").status_code == 404

@@ -32,10 +32,15 @@ def test_metrics_count_requests_and_tokens(make: Make) -> None:
     server.post("/v1/chat/completions", messages=[])
     for attempt in range(3):
         server.ask("GET", f"/nobody/{attempt}")
+        server.ask("GET", f"/stranger/{attempt}", headers={"host": "evil.example"})
+        server.ask("OPTIONS", f"/before/{attempt}")
     found = samples(server)
     assert found["phiquant_requests_total", "/v1/chat/completions 200"] == 2
     assert found["phiquant_requests_total", "/v1/chat/completions 400"] == 1
     assert found["phiquant_requests_total", "other 404"] == 3
+    assert found["phiquant_requests_total", "other 403"] == found["phiquant_requests_total", "other 204"] == 3
+    assert found["phiquant_requests_total", "/metrics 200"] == 1
+    assert not any(path in labels for _, labels in found for path in ("nobody", "stranger", "before"))
     assert found["phiquant_prompt_tokens_total", "tiny"] == 2 * tokens["prompt_tokens"]
     assert found["phiquant_generated_tokens_total", "tiny"] == 8
     assert found["phiquant_cached_tokens_total", "tiny"] == 4

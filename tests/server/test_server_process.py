@@ -371,3 +371,10 @@ def test_a_port_that_is_taken_is_told_in_a_sentence(gguf: Path) -> None:
     assert done.returncode == 1
     assert f"port {port}" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["a..b", "no.such.name.invalid"])
+def test_a_host_that_is_none_is_told_in_a_sentence(gguf: Path, host: str) -> None:
+    done = subprocess.run([*SERVE, "-m", str(gguf), "--host", host], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"phiquant: error: {host} is no address to listen at: ")

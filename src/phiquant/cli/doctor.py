@@ -28,10 +28,17 @@ LIBRARIES = (
     "sentencepiece",
     "huggingface_hub",
     "jinja2",
+    "llguidance",
+    "pyyaml",
     "platformdirs",
     "typer",
     "rich",
     "prompt_toolkit",
+    "fastapi",
+    "starlette",
+    "pydantic",
+    "uvicorn",
+    "prometheus_client",
 )
 LATER = ("triton", "wgpu", "sycl")
 

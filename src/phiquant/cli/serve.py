@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .failures import WrongUsage
+from .models import fetched
 from .notices import Notices
 from .sizes import parse_size
 
@@ -17,10 +18,20 @@ SEVERAL = ("api_keys", "cors", "allowed_hosts")
 
 
 def serve(
-    config: Path | None, *, quiet: bool, max_body: str | None, api_key_file: Sequence[Path], **options: Any
+    config: Path | None,
+    *,
+    models: Sequence[Path],
+    repositories: Sequence[str],
+    quiet: bool,
+    max_body: str | None,
+    api_key_file: Sequence[Path],
+    **options: Any,
 ) -> int:
-    """Serve; returns the exit status. `options` are those of `Settings.gather`, None where they were not given."""
-    if config is None and not options["models"]:
+    """Serve; returns the exit status. `options` are those of `Settings.gather`, None where they were not given.
+
+    Models of the Hub, `repositories`, come after the files, and are fetched if they are not here.
+    """
+    if config is None and not models and not repositories:
         raise WrongUsage("no model is named: phiquant serve -m MODEL.gguf")
     from ..server.settings import Settings, read_keys
 
@@ -29,7 +40,8 @@ def serve(
     options["api_keys"] += read_keys(api_key_file)
     if max_body is not None:
         options["max_body"] = parse_size("--max-body", max_body)
-    settings = Settings.gather(config, **options)
+    paths = [*models, *(fetched(name, quiet=quiet) for name in repositories)]
+    settings = Settings.gather(config, models=paths, **options)
     for model in settings.models:
         if not model.path.is_file():
             raise FileNotFoundError(2, "No such file", str(model.path))

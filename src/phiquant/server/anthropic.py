@@ -72,7 +72,7 @@ class Choice(Body):
 class CountBody(Body):
     """A conversation whose tokens are counted."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
 
     messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     model: Name | None = None
@@ -134,10 +134,7 @@ class MessagesBody(CountBody):
         """What is to be computed. Raises RequestError, TemplateError, Failure."""
         toolbox = self.toolbox(loaded)
         options = Options(max_tokens=self.max_tokens, stop=self.stop_sequences or [])
-        for name in ("temperature", "top_k", "top_p"):
-            value = getattr(self, name)
-            if value is not None:
-                options[name] = value
+        options |= self.given(("temperature", "top_k", "top_p"))
         grammar = toolbox.grammar()
         if grammar is not None:
             options["grammar"] = grammar
@@ -198,15 +195,6 @@ def _usage(end: End) -> dict[str, Any]:
     }
 
 
-def _arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call as an object; what is none, which only an answer cut short has, stays a text in one."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {"": text}
-    return found if isinstance(found, dict) else {"": text}
-
-
 def failed(failure: Failure) -> bytes:
     """An error in the midst of a stream."""
     return event(body_of(failure, "anthropic"), "error")
@@ -235,8 +223,7 @@ def routes(service: Service) -> APIRouter:
             if answer.text or not answer.calls:
                 content.append({"type": "text", "text": answer.text})
             for call in answer.calls:
-                arguments = _arguments(call.arguments)
-                content.append({"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": arguments})
+                content.append({"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": call.parsed})
             reason, stop = _reason(answer.end)
             return {
                 **head,

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from phiquant import __version__
 from phiquant.server import (
@@ -33,12 +34,22 @@ from phiquant.server.settings import Settings
 
 __all__ = ["create_app"]
 
+_FAMILIES = (
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    openai_embeddings,
+    anthropic,
+    llama_cpp,
+    ollama,
+    models,
+)
+
 
 def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
     """The server of `settings` as an ASGI application; `hosting` may be given to bring models of another kind."""
     hosting = hosting or Hosting(settings.models, idle_timeout=settings.idle_timeout)
     service = Service(settings, hosting)
-    counters = metrics.Counters(hosting)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -59,12 +70,15 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
         redirect_slashes=False,
         responses=_RESPONSES,
     )
-    for module in (openai_chat, openai_completions, openai_responses, openai_embeddings, anthropic, llama_cpp, ollama):
-        app.include_router(module.routes(service))
-    app.include_router(models.routes(service))
+    public = page.mount(app)
+    addresses = {*public, "/openapi.json"}
+    for module in _FAMILIES:
+        router = module.routes(service)
+        app.include_router(router)
+        addresses |= {route.path for route in router.routes if isinstance(route, Route)}
+    counters = metrics.Counters(hosting, addresses)
     if settings.metrics:
         app.include_router(metrics.routes(counters))
-    public = page.mount(app)
     for kind in (RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _raise)
     app.add_middleware(Guard, settings=settings, public=public, done=_teller(settings, counters))

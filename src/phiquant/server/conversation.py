@@ -13,7 +13,14 @@ from phiquant.server.service import refuse_endless
 from phiquant.text.tools import Tool, Toolbox
 
 __all__ = [
+    "MOST_MESSAGES",
+    "CallSpec",
+    "CalledFunction",
     "ChatMessage",
+    "FunctionSpec",
+    "NamedFunction",
+    "NamedTool",
+    "Part",
     "ToolChoice",
     "ToolName",
     "ToolSpec",
@@ -144,9 +151,8 @@ async def chat_ids(
     if not messages:
         raise refuse("messages is empty; there is nothing to answer", "messages")
 
-    refuse_endless(loaded, (str(message.get("content") or "") for message in messages))
-
     def read() -> list[int]:
+        refuse_endless(loaded, (str(message.get("content") or "") for message in messages))
         found, extra = toolbox.arranged(messages)
         return loaded.llm.requests.chat_ids(found, extra.get("tools"), arguments)
 

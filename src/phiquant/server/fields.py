@@ -1,6 +1,6 @@
 """Fields that several families' requests share, with their ranges; None is as good as not given."""
 
-import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -10,7 +10,22 @@ from phiquant.errors import RequestError
 from phiquant.server.failures import refuse
 from phiquant.text.grammar import Grammar
 
-__all__ = ["MOST_TOKENS", "Body", "LlamaSampling", "Name", "Stops", "Whole", "bias_of", "grammar_of", "stops_of"]
+__all__ = [
+    "MOST_TOKENS",
+    "Body",
+    "JsonSchema",
+    "LlamaSampling",
+    "Name",
+    "Number",
+    "ResponseFormat",
+    "Stop",
+    "Stops",
+    "Whole",
+    "bias_of",
+    "grammar_of",
+    "seed_of",
+    "stops_of",
+]
 
 MOST_TOKENS: Final = 1 << 30
 
@@ -33,6 +48,10 @@ class Body(BaseModel):
     """A request's body; what is not declared is ignored, unless a family says otherwise."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    def given(self, names: Iterable[str]) -> Any:
+        """Those of these fields that are not None, as a dictionary: options of the engine."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class LlamaSampling(Body):
@@ -69,11 +88,9 @@ class LlamaSampling(Body):
 
     def sampling(self) -> Options:
         """What was given, as the engine's options."""
-        names = set(LlamaSampling.model_fields) - {"grammar", "json_schema"}
-        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if "top_k" in given:
-            given["top_k"] = max(given["top_k"], 0)
-        options: Options = given  # type: ignore[assignment]
+        options: Options = self.given(set(LlamaSampling.model_fields) - {"grammar", "json_schema"})
+        if "top_k" in options:
+            options["top_k"] = max(options["top_k"], 0)
         return options
 
 
@@ -137,8 +154,3 @@ def bias_of(bias: dict[str, float] | None, vocabulary: int) -> dict[int, float]:
 def seed_of(seed: int | None) -> int | None:
     """A seed as the engine takes it: any 64 bits; negative ones, as everywhere, stand for chance only as -1."""
     return None if seed is None or seed == -1 else seed % (1 << 64)
-
-
-def compact(value: object) -> str:
-    """JSON as short as it gets."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

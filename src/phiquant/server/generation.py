@@ -1,10 +1,12 @@
 """From a request to events, the same for all families: texts, calls of tools, and how each choice ended."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from phiquant.completion import Completion, CompletionChunk, Options
 from phiquant.engine import TokenLogprob
@@ -86,6 +88,15 @@ class Call:
 
     name: str
     arguments: str = ""
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        """The arguments as an object; what is none, which only an answer cut short has, stays a text in one."""
+        try:
+            found = json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            return {"": self.arguments}
+        return found if isinstance(found, dict) else {"": self.arguments}
 
 
 @dataclass

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from phiquant.server.failures import Failure
@@ -25,6 +26,12 @@ class Loaded:
 
     llm: "LLM"
     engine: "AsyncLLM"
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token."""
+        tokenizer = self.llm.tokenizer
+        return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
 
 
 Loader = Callable[[Model], Awaitable[Loaded]]
@@ -55,6 +62,7 @@ class Hosted:
     Attributes:
         model: its settings.
         loaded: None while it is not in memory.
+        loading: the task that brings it there.
         leases: requests that use it now.
         used: when it was last used, by time.monotonic().
         loaded_at: when it was loaded, by time.time().
@@ -63,6 +71,7 @@ class Hosted:
 
     model: Model
     loaded: Loaded | None = None
+    loading: "asyncio.Task[Loaded] | None" = None
     leases: int = 0
     used: float = 0.0
     loaded_at: float = 0.0
@@ -109,16 +118,27 @@ class Hosting:
             hosted.used = time.monotonic()
 
     async def ready(self, hosted: Hosted) -> Loaded:
-        """The model in memory; whoever comes while it is being loaded waits for the same."""
+        """The model in memory; whoever comes while it is being loaded waits for the same.
+
+        A client that leaves does not end the loading, which goes on in a thread in any case: what comes of it is kept.
+        """
         if hosted.loaded is not None:
             return hosted.loaded
-        async with hosted.lock:
-            if hosted.loaded is None:
+        if hosted.loading is None:
+            hosted.loading = asyncio.create_task(self._load(hosted), name="phiquant-load")
+        return await asyncio.shield(hosted.loading)
+
+    async def _load(self, hosted: Hosted) -> Loaded:
+        try:
+            async with hosted.lock:  # not before the last one has gone
                 begin = time.monotonic()
-                hosted.loaded = await self._loader(hosted.model)
+                loaded = await self._loader(hosted.model)
                 hosted.used = time.monotonic()
                 hosted.loaded_at, hosted.load_seconds = time.time(), hosted.used - begin
-            return hosted.loaded
+                hosted.loaded = loaded
+                return loaded
+        finally:
+            hosted.loading = None
 
     def start(self) -> None:
         """Begin to look for idle models."""
@@ -133,6 +153,8 @@ class Hosting:
                 await self._watch
             self._watch = None
         for hosted in self.hosted.values():
+            if hosted.loading is not None:
+                await asyncio.wait({hosted.loading})
             await self.unload(hosted)
 
     async def unload(self, hosted: Hosted, unless_used: bool = False) -> None:

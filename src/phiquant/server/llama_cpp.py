@@ -3,7 +3,8 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -12,6 +13,7 @@ from starlette.responses import Response
 
 from phiquant import __version__
 from phiquant.completion import Options
+from phiquant.engine import Sampling
 from phiquant.server.conversation import MOST_MESSAGES, ChatMessage, ToolSpec, template_message, toolbox_of
 from phiquant.server.failures import Failure, body_of, refuse
 from phiquant.server.fields import (
@@ -30,7 +32,7 @@ from phiquant.server.fields import (
 from phiquant.server.generation import Answer, End, Event, TextDelta, Work
 from phiquant.server.hosting import Loaded
 from phiquant.server.openai_completions import Token
-from phiquant.server.service import Service, read_prompt, timings_of, token_logprobs
+from phiquant.server.service import Service, read_prompt, refuse_endless, timings_of, token_logprobs
 from phiquant.server.streaming import Json, event
 
 __all__ = ["LlamaCompletionBody", "routes"]
@@ -65,17 +67,14 @@ class LlamaCompletionBody(LlamaSampling):
 
     async def plan(self, loaded: Loaded) -> Work:
         """What is to be computed. Raises RequestError, Failure."""
-        options: Options = self.sampling()
-        for name in ("top_p", "presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if value is not None:
-                options[name] = value
+        options = self.sampling()
+        options |= self.given(("top_p", "presence_penalty", "frequency_penalty"))
         if self.temperature is not None:
             options["temperature"] = max(self.temperature, 0.0)
         if self.most == 0:
             raise refuse("n_predict is 0; ask for at least one token, or for -1", "n_predict")
         options |= Options(max_tokens=self.most, seed=seed_of(self.seed), stop=stops_of(self.stop))
-        bias = self._bias(loaded)
+        bias = await asyncio.to_thread(self._bias, loaded)
         if bias:
             options["logit_bias"] = bias
         if self.n_probs:
@@ -89,6 +88,8 @@ class LlamaCompletionBody(LlamaSampling):
         """Token ids of the prompt."""
         if isinstance(self.prompt, str):
             return await read_prompt(loaded, self.prompt)
+        texts = [part for part in self.prompt if isinstance(part, str)]
+        await asyncio.to_thread(refuse_endless, loaded, texts)
         ids: list[int] = []
         for at, part in enumerate(self.prompt):
             if isinstance(part, int):
@@ -113,6 +114,14 @@ class LlamaCompletionBody(LlamaSampling):
                 ids = loaded.llm.tokenizer.encode_continuation(key)
             found |= dict.fromkeys(ids, number)
         return found
+
+
+_DEFAULTS: Final = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for field in fields(Sampling)
+    if field.name in LlamaCompletionBody.model_fields and field.name not in ("seed", "logit_bias")
+}
+"""What a sampler does that is told nothing, by llama-server's names; the seed is one of chance."""
 
 
 class TokenizeBody(Body):
@@ -256,7 +265,10 @@ def routes(service: Service) -> APIRouter:
             llm, hosted = loaded.llm, service.hosting.find(model)
             template = llm.tokenizer.chat_template
             return {
-                "default_generation_settings": {"n_ctx": llm.context, "params": {"n_predict": -1}},
+                "default_generation_settings": {
+                    "n_ctx": llm.context,
+                    "params": {"n_predict": -1, "seed": -1, **_DEFAULTS},
+                },
                 "total_slots": hosted.model.parallel,
                 "model_alias": hosted.model.name,
                 "chat_template": "" if template is None else template.source,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-__all__ = ["Record", "line_of", "set_up"]
+__all__ = ["Record", "line_of", "log", "set_up"]
 
 _log = logging.getLogger("phiquant.server.access")
 
@@ -116,6 +116,4 @@ def set_up(form: str, *, quiet: bool = False) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING if quiet else level)
-    logging.getLogger("asyncio").setLevel(
-        logging.ERROR
-    )  # it warns of every client that leaves in the midst of an answer
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that leave in the midst of an answer

@@ -1,6 +1,7 @@
 """GET /metrics: what is counted, for Prometheus."""
 
-from typing import Any
+from collections.abc import Set
+from typing import Any, Final
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,15 +12,22 @@ from phiquant.server.logs import Record
 
 __all__ = ["Counters", "routes"]
 
+PATH: Final = "/metrics"
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Counters:
-    """Counts requests as they end; the engines are looked at when somebody asks."""
+    """Counts requests as they end; the engines are looked at when somebody asks.
 
-    def __init__(self, hosting: Hosting) -> None:
-        self._hosting = hosting
+    Args:
+        hosting: the models.
+        paths: addresses that are counted each by itself; all others count as one, so that strangers do not make names.
+    """
+
+    def __init__(self, hosting: Hosting, paths: Set[str]) -> None:
+        self._hosting, self._paths = hosting, frozenset(paths) | {PATH}
         self.registry = CollectorRegistry()
         of: Any = {"registry": self.registry, "namespace": "phiquant"}
         self._requests = Counter("requests", "Requests, by address and status.", ["path", "status"], **of)
@@ -45,8 +53,8 @@ class Counters:
         self._loaded = Gauge("model_loaded", "Whether a model is in memory.", ["model"], **of)
 
     def count(self, record: Record) -> None:
-        """A request has ended. Addresses that nobody serves count as one, so that strangers do not make names."""
-        path = record.path if record.status not in (404, 405) and len(record.path) < 64 else "other"
+        """A request has ended."""
+        path = record.path if record.path in self._paths else "other"
         self._requests.labels(path, str(record.status)).inc()
         if not record.model:
             return
@@ -76,7 +84,7 @@ def routes(counters: Counters) -> APIRouter:
     """The endpoint."""
     router = APIRouter(tags=["operation"])
 
-    @router.get("/metrics", summary="Counts and durations, for Prometheus")
+    @router.get(PATH, summary="Counts and durations, for Prometheus")
     async def metrics() -> Response:
         return Response(counters.text(), media_type=CONTENT_TYPE_LATEST)
 

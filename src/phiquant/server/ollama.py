@@ -1,7 +1,6 @@
 """Ollama's /api/chat, generate, embed, tags, show, ps and version; answers are streamed unless told otherwise."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
@@ -64,8 +63,7 @@ class OllamaBody(Body):
     def sampling(self, toolbox: Toolbox | None) -> Options:
         """The engine's options. Raises RequestError, Failure."""
         asked = self.options or OllamaOptions()
-        names = set(OllamaOptions.model_fields) - {"num_predict", "seed", "stop"}
-        given: Any = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+        given = asked.given(set(OllamaOptions.model_fields) - {"num_predict", "seed", "stop"})
         most = asked.num_predict
         if most == 0:
             raise refuse("num_predict is 0; ask for at least one token, or for -1")
@@ -225,17 +223,6 @@ def _counts(end: End, began: float, load_seconds: float) -> dict[str, Any]:
     }
 
 
-def _called(call: Call) -> dict[str, Any]:
-    """A call with its arguments as an object; those of an answer cut short stay a text."""
-    try:
-        arguments = json.loads(call.arguments)
-    except (ValueError, RecursionError):
-        arguments = None
-    return {
-        "function": {"name": call.name, "arguments": arguments if isinstance(arguments, dict) else {"": call.arguments}}
-    }
-
-
 def routes(service: Service) -> APIRouter:
     """The endpoints."""
     router = APIRouter(prefix="/api", tags=["Ollama"])
@@ -307,7 +294,7 @@ def routes(service: Service) -> APIRouter:
         def piece(text: str, calls: list[Call]) -> dict[str, Any]:
             message: dict[str, Any] = {"role": "assistant", "content": text}
             if calls:
-                message["tool_calls"] = [_called(call) for call in calls]
+                message["tool_calls"] = [{"function": {"name": call.name, "arguments": call.parsed}} for call in calls]
             return {"message": message}
 
         if not body.messages:

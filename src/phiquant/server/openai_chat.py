@@ -39,7 +39,7 @@ from phiquant.server.hosting import Loaded
 from phiquant.server.service import Service, new_id, timings_of, token_logprobs
 from phiquant.server.streaming import DONE, event
 
-__all__ = ["ChatBody", "routes"]
+__all__ = ["ChatBody", "OpenAISampling", "failed", "routes", "usage_of"]
 
 
 class StreamOptions(Body):
@@ -52,7 +52,7 @@ class StreamOptions(Body):
 class OpenAISampling(LlamaSampling):
     """What chats and completions share. Fields that change nothing here are accepted, unknown ones are not."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
 
     model: Name | None = None
     stream: bool | None = None
@@ -72,10 +72,7 @@ class OpenAISampling(LlamaSampling):
     def options(self, loaded: Loaded) -> Options:
         """The engine's options, without grammar and log-probabilities."""
         options = self.sampling()
-        for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if value is not None:
-                options[name] = value
+        options |= self.given(("temperature", "top_p", "presence_penalty", "frequency_penalty"))
         options["stop"] = stops_of(self.stop)
         options["seed"] = seed_of(self.seed)
         options["max_tokens"] = self.max_tokens

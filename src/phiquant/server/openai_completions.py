@@ -17,7 +17,7 @@ from phiquant.server.openai_chat import OpenAISampling, failed, usage_of
 from phiquant.server.service import Service, logprob_of, new_id, read_prompt, timings_of, token_text
 from phiquant.server.streaming import DONE, event
 
-__all__ = ["CompletionBody", "routes"]
+__all__ = ["CompletionBody", "Prompts", "Token", "routes"]
 
 Token = Annotated[Whole, Field(ge=0, lt=1 << 31)]
 Prompts = str | list[Token] | list[str] | list[list[Token]]

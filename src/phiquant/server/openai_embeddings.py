@@ -24,7 +24,7 @@ MOST_INPUTS = 2048
 class EmbeddingBody(Body):
     """Texts, or their token ids, whose meaning is asked for."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
 
     input: Prompts
     model: Name | None = None

@@ -78,7 +78,7 @@ class TextOptions(Body):
 class ResponseBody(Body):
     """A conversation to be continued."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
     model: Name | None = None
@@ -155,7 +155,7 @@ class ResponseBody(Body):
         specs = [ToolSpec(function=FunctionSpec(**tool.model_dump(exclude={"type"}))) for tool in self.tools or ()]
         toolbox = toolbox_of(loaded, specs, choice, self.parallel_tool_calls)
         options: Any = {"max_tokens": self.max_output_tokens}
-        options |= {name: getattr(self, name) for name in ("temperature", "top_p") if getattr(self, name) is not None}
+        options |= self.given(("temperature", "top_p"))
         form = self.text.format if self.text is not None else None
         asked = None
         if form is not None:
@@ -313,7 +313,7 @@ class _Pieces:
         at = {"output_index": len(self._output)}
         if self._text is not None:
             id_, pieces, logprobs = self._text
-            text, where = "".join(pieces), {"item_id": self._text[0], **at, "content_index": 0}
+            text, where = "".join(pieces), {"item_id": id_, **at, "content_index": 0}
             part = _text_part(text, logprobs)
             found = self.event("response.output_text.done", **where, text=text, logprobs=logprobs)
             found += self.event("response.content_part.done", **where, part=part)

@@ -4,7 +4,6 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from functools import lru_cache
 from typing import Any
 
 from starlette.requests import Request
@@ -17,9 +16,17 @@ from phiquant.server.generation import Answer, Event, Work, collect, events
 from phiquant.server.hosting import Hosting, Loaded
 from phiquant.server.settings import Settings
 from phiquant.server.streaming import Json, Stream, attended, record_of
-from phiquant.text import Tokenizer
 
-__all__ = ["Service", "new_id", "timings_of", "token_text"]
+__all__ = [
+    "Service",
+    "logprob_of",
+    "new_id",
+    "read_prompt",
+    "refuse_endless",
+    "timings_of",
+    "token_logprobs",
+    "token_text",
+]
 
 Plan = Callable[[Loaded], Awaitable[Work]]
 Pieces = Callable[[Loaded, AsyncIterator[Event]], AsyncGenerator[bytes, None]]
@@ -130,18 +137,12 @@ def timings_of(answer: Answer) -> dict[str, float | int]:
     }
 
 
-@lru_cache(maxsize=8)
-def _longest_token(tokenizer: Tokenizer) -> int:
-    """Bytes of the longest token."""
-    return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
-
-
 def refuse_endless(loaded: Loaded, texts: Iterable[str]) -> None:
     """ContextError for texts that cannot fit, whatever their tokens: it would take seconds to learn their number.
 
-    Space is not counted, since there are tokens that swallow it.
+    Space is not counted, since there are tokens that swallow it. Takes a while, too: not for the event loop.
     """
-    least = sum(len("".join(text.split())) for text in texts) // _longest_token(loaded.llm.tokenizer)
+    least = sum(len("".join(text.split())) for text in texts) // loaded.longest_token
     if least > loaded.llm.context:
         raise ContextError(
             f"a prompt of at least {least} tokens does not fit the context of {loaded.llm.context}; shorten it"
@@ -150,9 +151,13 @@ def refuse_endless(loaded: Loaded, texts: Iterable[str]) -> None:
 
 async def read_prompt(loaded: Loaded, prompt: str | Sequence[int]) -> list[int]:
     """Token ids of a prompt; a long text takes a while, so outside the event loop."""
-    if isinstance(prompt, str):
-        refuse_endless(loaded, [prompt])
-    ids = await asyncio.to_thread(loaded.llm.requests.ids, prompt)
+
+    def read() -> list[int]:
+        if isinstance(prompt, str):
+            refuse_endless(loaded, [prompt])
+        return loaded.llm.requests.ids(prompt)
+
+    ids = await asyncio.to_thread(read)
     if not ids:
         raise Failure(400, "the prompt is empty; give at least one token", "prompt")
     return ids

@@ -5,13 +5,13 @@ import ipaddress
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
 from phiquant.errors import RequestError
 
-__all__ = ["Model", "Settings", "is_loopback"]
+__all__ = ["LOCAL", "Model", "Settings", "is_loopback", "read_keys"]
 
 LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 
@@ -135,7 +135,7 @@ class Settings:
         given = {name: value for name, value in given.items() if value not in (None, (), [])}
         paths, names = given.pop("models", ()), list(given.pop("alias", ()))
         if len(names) > len(paths):
-            raise RequestError(f"--alias names {len(names)} models, and --model gives {len(paths)}")
+            raise RequestError(f"--alias names {len(names)} models, and {len(paths)} are given")
         of_models = {field.name for field in fields(Model)} - {"path", "name"}
         of_all = {field.name for field in fields(cls)} - {"models"}
         listed = found.pop("models", [])
@@ -171,10 +171,6 @@ class Settings:
         if "*" in self.cors and not self.api_keys:
             found.append("--cors '*' without --api-key lets every page in a browser use this server")
         return found
-
-    def without_models(self) -> "Settings":
-        """For what is logged: without keys as well."""
-        return replace(self, api_keys=())
 
 
 def is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from phiquant.server.failures import ENDING, Failure, failure_of
 from phiquant.server.guard import RECORD
 from phiquant.server.logs import Record
 
-__all__ = ["Json", "Stream", "attended", "event", "record_of"]
+__all__ = ["DONE", "Json", "Stream", "attended", "event", "line", "record_of"]
 
 PATIENCE: Final = 5.0
 """Seconds to the first piece within which a refusal still gets a status of its own."""
@@ -150,7 +150,7 @@ class Stream(Response):
                 await self._piece(send, first.result())
                 async for piece in pieces:
                     await self._piece(send, piece)
-            except (asyncio.CancelledError, _TooSlowError):
+            except (asyncio.CancelledError, _TooSlow):
                 raise
             except Exception as error:
                 failure = failure_of(error)
@@ -174,8 +174,8 @@ class Stream(Response):
             async with asyncio.timeout(self._limit):
                 await send(message)
         except TimeoutError:
-            raise _TooSlowError(f"the client took nothing for {self._limit:g} s") from None
+            raise _TooSlow(408, f"the client took nothing for {self._limit:g} s") from None
 
 
-class _TooSlowError(ConnectionError):
-    """The client does not read."""
+class _TooSlow(Failure):
+    """The client does not read: there is nobody to be told."""

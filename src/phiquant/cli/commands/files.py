@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from .options import (
+    Checkpoint,
     HfRepo,
     Json,
     KeepNan,
@@ -22,10 +23,7 @@ __all__ = ["convert", "inspect", "merge", "quantize", "split", "verify"]
 
 
 def convert(
-    model: Annotated[
-        str,
-        Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision]."),
-    ],
+    model: Checkpoint,
     outfile: Annotated[
         Path | None, Option("--outfile", "-o", metavar="FILE", help="Default: named after the model and the type.")
     ] = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import CACHE_TYPES, HfRepo, Json, Quiet, Threads
+from .options import CacheType, Checkpoint, HfRepo, Json, Quiet, TextFile, Threads
 
 __all__ = ["certify", "imatrix", "perplexity"]
 
@@ -15,7 +15,7 @@ def imatrix(
         Path | None, Option("--model", "-m", metavar="FILE", help="The GGUF file, best F16 or larger.")
     ] = None,
     hf_repo: HfRepo = None,
-    file: Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="The text that the model reads.")] = None,
+    file: TextFile = None,
     output: Annotated[
         Path, Option("--output-file", "--output", "-o", metavar="FILE", help="Where the matrix is written.")
     ] = Path("imatrix.gguf"),
@@ -77,7 +77,7 @@ def imatrix(
 def perplexity(
     model: Annotated[Path | None, Option("--model", "-m", metavar="FILE", help="The GGUF file.")] = None,
     hf_repo: HfRepo = None,
-    file: Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="The text that the model reads.")] = None,
+    file: TextFile = None,
     ctx_size: Annotated[int, Option("--ctx-size", "-c", metavar="N", min=3, help="Tokens of a window.")] = 512,
     batch_size: Annotated[
         int,
@@ -119,12 +119,7 @@ def perplexity(
         Path | None,
         Option("--base", metavar="FILE", help="The base as a GGUF file, best F16 or larger; nothing is rounded."),
     ] = None,
-    cache_type: Annotated[
-        str,
-        Option(
-            "--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."
-        ),
-    ] = "f16",
+    cache_type: CacheType = "f16",
     output: Annotated[str, Option("--output", "-o", metavar="FORM", help="text or json.")] = "text",
     threads: Threads = 0,
     quiet: Quiet = False,
@@ -154,9 +149,7 @@ def perplexity(
 
 
 def certify(
-    checkpoint: Annotated[
-        str, Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision].")
-    ],
+    checkpoint: Checkpoint,
     gguf: Annotated[
         Path | None, Argument(metavar="[GGUF]", help="A file made from it; by default one is made for the time being.")
     ] = None,
@@ -171,12 +164,7 @@ def certify(
     outtype: Annotated[
         str, Option("--outtype", metavar="TYPE", help="Type of the file that is made; any type of quantize.")
     ] = "f32",
-    cache_type: Annotated[
-        str,
-        Option(
-            "--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."
-        ),
-    ] = "f32",
+    cache_type: CacheType = "f32",
     python: Annotated[
         Path | None,
         Option("--python", metavar="FILE", help="A Python that has torch and transformers; by default phiquant's own."),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import CACHE_TYPES, BFloatDot, HfRepo, Json, Quiet
+from .options import CACHE_TYPES, BFloatDot, CacheType, HfRepo, HfRepos, Json, Quiet
 
 __all__ = ["bench", "doctor", "run"]
 
@@ -29,17 +29,7 @@ def run(
     ctx_size: Annotated[
         int, Option("--ctx-size", "-c", metavar="N", min=0, help="Tokens kept in mind; 0: all that the model can.")
     ] = 4096,
-    cache_type: Annotated[
-        str,
-        Option(
-            "--cache-type",
-            "--kv-type",
-            "--cache-type-k",
-            "-ctk",
-            metavar="TYPE",
-            help=f"Of the key-value cache: {CACHE_TYPES}.",
-        ),
-    ] = "f16",
+    cache_type: CacheType = "f16",
     threads: Annotated[
         int, Option("--threads", "-t", metavar="N", help="Processor threads; 0 or less: all that the process may use.")
     ] = 0,
@@ -260,16 +250,7 @@ def bench(
     model: Annotated[
         list[Path] | None, Option("--model", "-m", metavar="FILE", help="A GGUF file; may be given several times.")
     ] = None,
-    hf_repo: Annotated[
-        list[str] | None,
-        Option(
-            "--hf-repo",
-            "-hf",
-            "-hfr",
-            metavar="OWNER/REPO[:QUANT]",
-            help="A GGUF model of the Hugging Face Hub; may be given several times.",
-        ),
-    ] = None,
+    hf_repo: HfRepos = None,
     n_prompt: Annotated[
         list[str] | None, Option("--n-prompt", "-p", metavar="N,...", help="Tokens of a prompt; 0: no such test.")
     ] = None,

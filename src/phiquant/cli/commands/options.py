@@ -1,13 +1,18 @@
 """Options that several verbs have."""
 
+from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 __all__ = [
     "CACHE_TYPES",
     "BFloatDot",
+    "CacheType",
+    "Checkpoint",
+    "GivenCacheType",
     "HfRepo",
+    "HfRepos",
     "Json",
     "KeepNan",
     "MaxMemory",
@@ -16,9 +21,15 @@ __all__ = [
     "Resume",
     "SplitMaxSize",
     "SplitMaxTensors",
+    "TextFile",
     "Threads",
 ]
 
+CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by verbs that run models alone
+
+Checkpoint = Annotated[
+    str, Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision].")
+]
 HfRepo = Annotated[
     str | None,
     Option(
@@ -29,6 +40,27 @@ HfRepo = Annotated[
         help="Instead of a file a GGUF model of the Hugging Face Hub, Q4_K_M if there is; fetched if it is not here.",
     ),
 ]
+HfRepos = Annotated[
+    list[str] | None,
+    Option(
+        "--hf-repo",
+        "-hf",
+        "-hfr",
+        metavar="OWNER/REPO[:QUANT]",
+        help="A GGUF model of the Hugging Face Hub; may be given several times.",
+    ),
+]
+TextFile = Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="The text that the model reads.")]
+_cache_type = Option(
+    "--cache-type",
+    "--kv-type",
+    "--cache-type-k",
+    "-ctk",
+    metavar="TYPE",
+    help=f"Of the key-value cache: {CACHE_TYPES}.",
+)
+CacheType = Annotated[str, _cache_type]
+GivenCacheType = Annotated[str | None, _cache_type]
 Threads = Annotated[
     int, Option("--threads", "-t", metavar="N", min=0, help="Processor threads; 0: all that the process may use.")
 ]
@@ -50,7 +82,6 @@ Resume = Annotated[
 MaxMemory = Annotated[
     str | None, Option("--max-memory", metavar="SIZE", help="Memory to stay within, such as 500M; 1.5G by default.")
 ]
-CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by verbs that run models alone
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 BFloatDot = Annotated[
     bool,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from .options import CACHE_TYPES, Quiet
+from .options import GivenCacheType, HfRepos, Quiet
 
 __all__ = ["serve"]
 
@@ -20,10 +20,14 @@ def serve(
             help="A GGUF file; may be given several times, the first is meant by default.",
         ),
     ] = None,
+    hf_repo: HfRepos = None,
     alias: Annotated[
         list[str] | None,
         Option(
-            "--alias", "-a", metavar="NAME", help="The name of a model, in the order of --model; by default its file's."
+            "--alias",
+            "-a",
+            metavar="NAME",
+            help="The name of a model, in the order of --model, then of --hf-repo; by default its file's.",
         ),
     ] = None,
     host: Annotated[
@@ -49,12 +53,7 @@ def serve(
     batch_size: Annotated[
         int | None, Option("--batch-size", "-b", metavar="N", help="Most tokens of a step; 512 by default.")
     ] = None,
-    cache_type: Annotated[
-        str | None,
-        Option(
-            "--cache-type", "--kv-type", "--cache-type-k", "-ctk", metavar="TYPE", help=f"Of the cache: {CACHE_TYPES}."
-        ),
-    ] = None,
+    cache_type: GivenCacheType = None,
     cache_tokens: Annotated[
         int | None,
         Option("--cache-tokens", metavar="N", help="Tokens that the cache holds for all; by default a context each."),
@@ -100,7 +99,9 @@ def serve(
     config: Annotated[
         Path | None,
         Option(
-            "--config", metavar="FILE", help="All of this as TOML: [[models]] with path and name; options count more."
+            "--config",
+            metavar="FILE",
+            help="Options as TOML: [[models]] with path and name; those given here count more.",
         ),
     ] = None,
     quiet: Quiet = False,
@@ -113,7 +114,8 @@ def serve(
         quiet=quiet,
         max_body=max_body,
         api_key_file=api_key_file or (),
-        models=model,
+        models=model or (),
+        repositories=hf_repo or (),
         alias=alias,
         host=host,
         port=port,

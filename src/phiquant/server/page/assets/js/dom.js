@@ -14,6 +14,9 @@ export function h(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
+const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
+export const escapeHtml = (text) => text.replace(/[&<>"']/g, (character) => ESCAPES[character]);
+
 // Strokes on a grid of 24.
 const ICONS = {
   check: "M5 12.5l4.5 4.5L19 7.5",

@@ -5,7 +5,7 @@
 
 import DOMPurify from "../vendor/dompurify/purify.es.js";
 import { Marked } from "../vendor/marked/marked.esm.js";
-import { h, icon } from "./dom.js";
+import { escapeHtml, h, icon } from "./dom.js";
 import { highlighted, isLoaded, languageOf, load as loadLanguage } from "./highlight.js";
 import { load as loadMath, mathExtensions, typeset } from "./math.js";
 import { morph } from "./morph.js";
@@ -26,9 +26,6 @@ const ALLOWED = {
   RETURN_DOM_FRAGMENT: true,
 };
 const SPANS = { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true };
-
-const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
-export const escapeHtml = (text) => text.replace(/[&<>"']/g, (character) => ESCAPES[character]);
 
 /** HTML as it was written, as text, but for tags that only format and have no attributes. */
 function shown(html) {

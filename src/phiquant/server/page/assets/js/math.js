@@ -1,5 +1,7 @@
 // Formulas: TeX between $ or \( \), and between $$ or \[ \] on lines of their own, become MathML, which browsers set.
 
+import { escapeHtml } from "./dom.js";
+
 const BLOCK = /^(?:\$\$(?!\$)([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])[ \t]*(?:\n+|$)/;
 // A dollar before a digit or after a space is money.
 const INLINE = /^(?:\$\$([^\n]+?)\$\$|\\\[([\s\S]+?)\\\]|\\\(([\s\S]+?)\\\)|\$(?![\s$])((?:\\.|[^\\$\n])*?)(?<!\s)\$(?![\d$]))/;
@@ -7,8 +9,6 @@ const MOST = 5000; // characters of one formula
 
 let temml = null;
 let loading = null;
-
-const escapeHtml = (text) => text.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 
 /** Extensions of marked. They leave the TeX as text in an element that `typeset` fills. */
 export const mathExtensions = [
