@@ -47,6 +47,7 @@ PLAIN = 200  # tokens of a sequence where there is no border
 BEYOND = 72  # tokens beyond one
 PADDING = 256  # llama.cpp's contexts are a multiple of this
 LARGE = 2048  # tokens of a large context of llama.cpp
+REFUSED = 3  # exit status of the program below: llama.cpp does not load the file
 
 PEER = """
 import ctypes, json, sys
@@ -57,7 +58,8 @@ log = L.llama_log_callback(lambda level, text, data: said.append(text.decode(err
 L.llama_log_set(log, ctypes.c_void_p(0))
 model = L.llama_model_load_from_file(job["model"].encode(), L.llama_model_default_params())
 if not model:
-    sys.exit("llama.cpp refuses the file: " + "".join(said[-3:]))
+    print("".join(said[-3:]), file=sys.stderr)
+    sys.exit(job["refused"])
 vocab = L.llama_model_get_vocab(model)
 n_vocab = L.llama_vocab_n_tokens(vocab)
 for number, (ids, context) in enumerate(job["runs"]):
@@ -78,6 +80,10 @@ for number, (ids, context) in enumerate(job["runs"]):
     L.llama_batch_free(batch)
     L.llama_free(ctx)
 """
+
+
+class Refused(Exception):  # noqa: N818 - an answer
+    """llama.cpp does not load a file; its own words."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,8 @@ def measured(subject: Subject, oracle: Path, peer: Path, folder: Path) -> Iterat
     theirs: dict[int, dict[int, Divergence]] | str = {i: {} for i in range(len(tokens))}
     try:
         answers = peer_logits(peer, file, [(sequences[i], context) for i, context in runs], folder)
-    except RuntimeError as error:
-        theirs = str(error)
+    except Refused as refused:
+        theirs = str(refused)
     else:
         for (i, context), logits in zip(runs, answers, strict=True):
             ((values, same),) = compared(RowsBase(iter([(0, 0, truth[i])])), iter([(0, 0, logits)]), [tokens[i]])
@@ -203,14 +209,16 @@ def expected(subject: Subject, checkpoint: Path, sequences: list[list[int]], pyt
 
 
 def peer_logits(python: Path, file: Path, runs: list[tuple[list[int], int]], folder: Path) -> list[np.ndarray]:
-    """llama.cpp's, of each run; RuntimeError if it does not compute this model."""
+    """llama.cpp's, of each run; Refused if it does not load the file."""
     out = folder / "theirs"
-    job = {"model": str(file), "runs": runs, "out": str(out)}
+    job = {"model": str(file), "runs": runs, "out": str(out), "refused": REFUSED}
     done = subprocess.run(
         [python, "-c", PEER], input=json.dumps(job), capture_output=True, text=True, timeout=600, check=False
     )
+    if done.returncode == REFUSED:
+        raise Refused(done.stderr.strip())
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        sys.exit(f"parity_table: error: llama.cpp failed, by {python}: {done.stderr.strip()[-500:]}")
     return [np.load(f"{out}-{number}.npy") for number in range(len(runs))]
 
 

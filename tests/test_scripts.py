@@ -98,6 +98,15 @@ def test_the_parity_table_replaces_only_itself(parity_table: Any) -> None:
         parity_table.replaced("a page", "new")
 
 
+def test_the_parity_table_takes_no_failure_for_a_refusal(parity_table: Any, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    for status, error in ((parity_table.REFUSED, parity_table.Refused), (1, SystemExit), (134, SystemExit)):
+        python.write_text(f"#!/bin/sh\ncat > /dev/null\necho 'its last words' >&2\nexit {status}\n")
+        python.chmod(0o755)
+        with pytest.raises(error, match="its last words"):
+            parity_table.peer_logits(python, tmp_path / "model.gguf", [([1, 2], 256)], tmp_path)
+
+
 def test_results_are_appended_under_one_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import results

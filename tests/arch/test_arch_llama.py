@@ -8,22 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-import gguf
-from phiquant import arch
 from phiquant.arch import LlamaConfig, Rotary
 from phiquant.errors import GGUFError, UnsupportedError
-from phiquant.gguf import GGUFFile
 
-U32, F32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
+from .small_file import F32, STRING, U32, SmallFile
+
 VOCAB, EMBEDDING, HIDDEN, BLOCKS = 40, 64, 96, 2
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
-class Model:
+class Model(SmallFile):
     """A small Llama file in the making, whose keys and tensors a test changes before it is written."""
 
     def __init__(self, *, fused: bool = False, biased: bool = False) -> None:
-        self.keys: dict[str, tuple[Any, Any]] = {
+        keys: dict[str, tuple[Any, Any]] = {
             "general.name": ("Phi-3-mini-llamafied", STRING),
             "llama.context_length": (4096, U32),
             "llama.embedding_length": (EMBEDDING, U32),
@@ -37,7 +35,8 @@ class Model:
             "llama.rope.freq_base": (250000.0, F32),
             "llama.vocab_size": (VOCAB, U32),
         }
-        self.tensors: dict[str, np.ndarray] = {
+        super().__init__("llama", keys)
+        self.tensors = {
             "token_embd.weight": np.zeros((VOCAB, EMBEDDING), np.float16),
             "output.weight": np.zeros((VOCAB, EMBEDDING), np.float16),
             "output_norm.weight": np.ones(EMBEDDING, np.float32),
@@ -58,22 +57,6 @@ class Model:
                     self.tensors[f"{prefix}{name}.bias"] = np.zeros(shape[0], np.float32)
             for name in ("attn_norm", "ffn_norm"):
                 self.tensors[f"{prefix}{name}.weight"] = np.ones(EMBEDDING, np.float32)
-
-    def load(self, folder: Path) -> LlamaConfig:
-        path = folder / "model.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        for key, (value, kind) in self.keys.items():
-            writer.add_key_value(key, value, kind)
-        for name, value in self.tensors.items():
-            writer.add_tensor(name, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with GGUFFile.open(path) as file:
-            config = arch.load(file)
-        assert isinstance(config, LlamaConfig)
-        return config
 
 
 @pytest.fixture

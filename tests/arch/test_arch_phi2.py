@@ -7,21 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-import gguf
 from phiquant import arch
 from phiquant.arch import Phi2Config
 from phiquant.errors import GGUFError, UnsupportedError
-from phiquant.gguf import GGUFFile
 
-U32, F32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
+from .small_file import F32, STRING, U32, SmallFile
+
 VOCAB, EMBEDDING, HIDDEN, BLOCKS = 40, 64, 256, 2
 
 
-class Model:
+class Model(SmallFile):
     """A small Phi-2 file in the making, whose keys and tensors a test changes before it is written."""
 
     def __init__(self, *, fused: bool = False) -> None:
-        self.keys: dict[str, tuple[Any, Any]] = {
+        keys: dict[str, tuple[Any, Any]] = {
             "general.name": ("Phi-2", STRING),
             "phi2.context_length": (2048, U32),
             "phi2.embedding_length": (EMBEDDING, U32),
@@ -32,6 +31,7 @@ class Model:
             "phi2.attention.layer_norm_epsilon": (1e-5, F32),
             "phi2.rope.dimension_count": (6, U32),
         }
+        super().__init__("phi2", keys)
         shapes: dict[str, tuple[int, ...]] = {"output": (VOCAB, EMBEDDING), "output_norm": (EMBEDDING,)}
         for block in range(BLOCKS):
             prefix = f"blk.{block}."
@@ -45,26 +45,9 @@ class Model:
                 shapes[prefix + "attn_qkv"] = (3 * EMBEDDING, EMBEDDING)
             else:
                 shapes |= {prefix + part: (EMBEDDING, EMBEDDING) for part in ("attn_q", "attn_k", "attn_v")}
-        self.tensors: dict[str, np.ndarray] = {"token_embd.weight": np.zeros((VOCAB, EMBEDDING), np.float16)}
+        self.tensors = {"token_embd.weight": np.zeros((VOCAB, EMBEDDING), np.float16)}
         for name, shape in shapes.items():
-            self.tensors[f"{name}.weight"] = np.zeros(shape, np.float16 if len(shape) > 1 else np.float32)
-            self.tensors[f"{name}.bias"] = np.zeros(shape[0], np.float32)
-
-    def load(self, folder: Path) -> Phi2Config:
-        path = folder / "model.gguf"
-        writer = gguf.GGUFWriter(path, "phi2")
-        for key, (value, kind) in self.keys.items():
-            writer.add_key_value(key, value, kind)
-        for name, value in self.tensors.items():
-            writer.add_tensor(name, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with GGUFFile.open(path) as file:
-            config = arch.load(file)
-        assert isinstance(config, Phi2Config)
-        return config
+            self.add(name, *shape)
 
 
 @pytest.fixture(params=[False, True], ids=["split", "fused"])

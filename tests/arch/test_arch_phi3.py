@@ -17,18 +17,17 @@ from phiquant.arch.reading import attention_factor
 from phiquant.errors import ArchitectureError, GGUFError, PhiquantError, UnsupportedError
 from phiquant.gguf import GGUFFile
 
-U32, F32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
+from .small_file import F32, STRING, U32, SmallFile
 
 # 4 heads of 16 channels, of which 12 are rotated; 2 key/value heads.
 VOCAB, EMBEDDING, HIDDEN, BLOCKS = 40, 64, 96, 2
 
 
-class Model:
+class Model(SmallFile):
     """A small Phi-3 file in the making, whose keys and tensors a test changes before it is written."""
 
     def __init__(self) -> None:
-        self.architecture = "phi3"
-        self.keys: dict[str, tuple[Any, Any]] = {
+        keys: dict[str, tuple[Any, Any]] = {
             "general.name": ("Tiny-Phi", STRING),
             "phi3.context_length": (131072, U32),
             "phi3.rope.scaling.original_context_length": (4096, U32),
@@ -43,8 +42,9 @@ class Model:
             "phi3.attention.sliding_window": (262144, U32),
             "phi3.rope.scaling.attn_factor": (1.25, F32),
         }
+        super().__init__("phi3", keys)
         self.tokens = [f"t{index}" for index in range(VOCAB)]
-        self.tensors: dict[str, np.ndarray] = {
+        self.tensors = {
             "rope_factors_long.weight": np.linspace(1, 6, 6, dtype=np.float32),
             "rope_factors_short.weight": np.ones(6, np.float32),
             "token_embd.weight": np.zeros((VOCAB, EMBEDDING), np.float16),
@@ -60,29 +60,6 @@ class Model:
                 f"blk.{block}.ffn_up.weight": np.zeros((2 * HIDDEN, EMBEDDING), np.float16),
                 f"blk.{block}.ffn_down.weight": np.zeros((EMBEDDING, HIDDEN), np.float16),
             }
-
-    def drop(self, *keys: str) -> None:
-        for key in keys:
-            (self.keys if key in self.keys else self.tensors).pop(key)  # type: ignore[attr-defined]
-
-    def load(self, folder: Path) -> Phi3Config:
-        path = folder / "model.gguf"
-        writer = gguf.GGUFWriter(path, self.architecture)
-        for key, (value, kind) in self.keys.items():
-            if isinstance(value, list):
-                writer.add_array(key, value)
-            else:
-                writer.add_key_value(key, value, kind)
-        if self.tokens:
-            writer.add_array("tokenizer.ggml.tokens", self.tokens)
-        for name, value in self.tensors.items():
-            writer.add_tensor(name, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with GGUFFile.open(path) as file:
-            return arch.load(file)
 
 
 @pytest.fixture

@@ -11,19 +11,18 @@ import gguf
 from phiquant import arch
 from phiquant.arch import Phi3SmallConfig
 from phiquant.errors import GGUFError, UnsupportedError
-from phiquant.gguf import GGUFFile
 
-U32, F32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
+from .small_file import F32, STRING, U32, SmallFile
 
 # 4 heads of 16 channels; 2 key/value heads.
 VOCAB, EMBEDDING, HIDDEN, BLOCKS = 40, 64, 96, 3
 
 
-class Model:
+class Model(SmallFile):
     """A small file in the making, whose keys and tensors a test changes before it is written."""
 
     def __init__(self) -> None:
-        self.keys: dict[str, tuple[Any, Any]] = {
+        keys: dict[str, tuple[Any, Any]] = {
             "general.name": ("Tiny-Phi", STRING),
             "phi3small.context_length": (131072, U32),
             "phi3small.rope.scaling.original_context_length": (8192, U32),
@@ -46,7 +45,8 @@ class Model:
             "phi3small.attention.block_sparse.vertical_stride": (8, U32),
             "phi3small.attention.block_sparse.layers": ([True, False, True], None),
         }
-        self.tensors: dict[str, np.ndarray] = {
+        super().__init__("phi3small", keys)
+        self.tensors = {
             "rope_factors_long.weight": np.linspace(1, 8, 8, dtype=np.float32),
             "rope_factors_short.weight": np.ones(8, np.float32),
             "token_embd.weight": np.zeros((VOCAB, EMBEDDING), np.float16),
@@ -62,27 +62,7 @@ class Model:
                 f"blk.{block}.ffn_down": (EMBEDDING, HIDDEN),
             }
         for name, shape in {**shapes, "output_norm": (EMBEDDING,)}.items():
-            self.tensors[f"{name}.weight"] = np.zeros(shape, np.float16 if len(shape) > 1 else np.float32)
-            self.tensors[f"{name}.bias"] = np.zeros(shape[:1], np.float32)
-
-    def load(self, folder: Path) -> Phi3SmallConfig:
-        path = folder / "model.gguf"
-        writer = gguf.GGUFWriter(path, "phi3small")
-        for key, (value, kind) in self.keys.items():
-            if isinstance(value, list):
-                writer.add_array(key, value)
-            else:
-                writer.add_key_value(key, value, kind)
-        for name, value in self.tensors.items():
-            writer.add_tensor(name, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with GGUFFile.open(path) as file:
-            found = arch.load(file)
-        assert isinstance(found, Phi3SmallConfig)
-        return found
+            self.add(name, *shape)
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 import gguf
-from phiquant import arch
 from phiquant.arch import names
 from phiquant.arch.phimoe import PhiMoEConfig
 from phiquant.errors import GGUFError, UnsupportedError
-from phiquant.gguf import GGUFFile
 
-U32, F32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
+from .small_file import F32, STRING, U32, SmallFile
 
 # 4 query heads and 2 key/value heads of 8 channels, together narrower than the embedding; 5 experts.
 VOCAB, EMBEDDING, HIDDEN, BLOCKS, EXPERTS, HEAD = 40, 64, 24, 2, 5, 8
@@ -27,11 +25,11 @@ OURS = {
 }
 
 
-class Model:
+class Model(SmallFile):
     """A small PhiMoE file in the making, whose keys and tensors a test changes before it is written."""
 
     def __init__(self, *, head: int = HEAD, fused: bool = False) -> None:
-        self.keys: dict[str, tuple[Any, Any]] = {
+        keys: dict[str, tuple[Any, Any]] = {
             "general.name": ("Tiny-MoE", STRING),
             "phimoe.context_length": (131072, U32),
             "phimoe.rope.scaling.original_context_length": (4096, U32),
@@ -49,9 +47,9 @@ class Model:
             "phimoe.expert_count": (EXPERTS, U32),
         }
         if 4 * head != EMBEDDING:
-            self.keys |= {"phimoe.attention.key_length": (head, U32), "phimoe.attention.value_length": (head, U32)}
-        self.keys |= OURS
-        self.tensors: dict[str, np.ndarray] = {
+            keys |= {"phimoe.attention.key_length": (head, U32), "phimoe.attention.value_length": (head, U32)}
+        super().__init__("phimoe", keys | OURS)
+        self.tensors = {
             "rope_factors_long.weight": np.linspace(1, 4, head // 2, dtype=np.float32),
             "rope_factors_short.weight": np.ones(head // 2, np.float32),
             "token_embd.weight": np.zeros((VOCAB, EMBEDDING), np.float16),
@@ -75,31 +73,6 @@ class Model:
                 f"{prefix}ffn_up_exps.weight": np.zeros((EXPERTS, HIDDEN, EMBEDDING), np.float16),
                 f"{prefix}ffn_down_exps.weight": np.zeros((EXPERTS, EMBEDDING, HIDDEN), np.float16),
             }
-
-    def add(self, name: str, *shape: int) -> None:
-        """A weight and its bias."""
-        self.tensors[f"{name}.weight"] = np.zeros(shape, np.float16 if len(shape) > 1 else np.float32)
-        self.tensors[f"{name}.bias"] = np.zeros(shape[0], np.float32)
-
-    def drop(self, *found: str) -> None:
-        for key in found:
-            (self.keys if key in self.keys else self.tensors).pop(key)  # type: ignore[attr-defined]
-
-    def load(self, folder: Path) -> PhiMoEConfig:
-        path = folder / "model.gguf"
-        writer = gguf.GGUFWriter(path, "phimoe")
-        for key, (value, kind) in self.keys.items():
-            writer.add_key_value(key, value, kind)
-        for name, value in self.tensors.items():
-            writer.add_tensor(name, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with GGUFFile.open(path) as file:
-            found = arch.load(file)
-        assert isinstance(found, PhiMoEConfig)
-        return found
 
 
 @pytest.fixture

@@ -37,7 +37,17 @@ def test_borders_are_read_from_old_and_new_configurations(tmp_path: Path) -> Non
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         Borders.of_checkpoint(tmp_path)
-    for text in ("{", "[]", "{}", '{"max_position_embeddings": "many"}'):
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"max_position_embeddings": "many"}',
+        '{"max_position_embeddings": 64, "sliding_window": "wide"}',
+        '{"max_position_embeddings": 64, "rope_scaling": "longrope"}',
+        '{"max_position_embeddings": 64, "rope_scaling": ["su"]}',
+        '{"max_position_embeddings": 64, "sliding_window": [2047]}',
+        '{"max_position_embeddings": 64, "sliding_window": 1e999}',
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match="max_position_embeddings"):
             Borders.of_checkpoint(tmp_path)

@@ -15,6 +15,7 @@ from phiquant.gguf import GGUFFile
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiquant"
 PYTHON = Path(os.environ.get("PHIQUANT_INTEROP_PYTHON", HOME / "interop/bin/python"))
+CONVERTER_PYTHON = Path(os.environ.get("PHIQUANT_PARITY_PYTHON", HOME / "parity/bin/python"))
 SOURCE = Path(os.environ.get("PHIQUANT_LLAMA_CPP_SOURCE", HOME / "llama.cpp"))
 
 ONLY_OURS = ("quantize.imatrix.", "phiquant.")  # the first are written by llama-quantize, not by its library
@@ -179,6 +180,33 @@ def llama_cpp_source() -> Path:
     if not (SOURCE / "convert_hf_to_gguf.py").exists():
         pytest.skip(f"llama.cpp's source is not at {SOURCE}; `make interop` unpacks it")
     return SOURCE
+
+
+@pytest.fixture(scope="session")
+def their_convert(llama_cpp_source: Path) -> Callable[..., Path]:
+    """Run llama.cpp's converter: (checkpoint, output, options), and a program to run instead of it.
+
+    The program is given the folder of the source and then the converter's own arguments, its name first.
+    """
+    if not CONVERTER_PYTHON.exists():
+        pytest.skip(
+            f"torch and transformers, which llama.cpp's converter needs, are not installed at {CONVERTER_PYTHON}"
+        )
+
+    def run(checkpoint: Path, out: Path, *options: str, program: str | None = None) -> Path:
+        converter = llama_cpp_source / "convert_hf_to_gguf.py"
+        command = [converter] if program is None else ["-c", program, llama_cpp_source, converter]
+        done = subprocess.run(
+            [CONVERTER_PYTHON, *command, checkpoint, "--outfile", out, *options],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return out
+
+    return run
 
 
 @pytest.fixture

@@ -3,12 +3,8 @@
 The models are the random ones of tests/parity, with the vocabulary of Phi-3.
 """
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +18,11 @@ from phiquant.convert import convert, quantize
 from phiquant.eval.kl import compare_logits
 from phiquant.gguf import FileType, GGMLType, GGUFFile
 
+from ..parity import models_llama, models_phi2
+
 pytestmark = [pytest.mark.interop, pytest.mark.cpu]
 
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
-HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiquant"
-PYTHON = Path(os.environ.get("PHIQUANT_PARITY_PYTHON", HOME / "parity/bin/python"))
 TOKENS = 131  # beyond window and LongRoPE's border
 CONTEXT = 512  # beyond LongRoPE's border too, by which llama.cpp chooses its factors
 
@@ -44,6 +40,7 @@ EXPLAINED = {
     "phi2.attention.head_count_kv": "llama.cpp's converter always writes the number of heads",
     "phi2.rope.freq_base": "llama.cpp's converter takes 10,000 for granted",
 }
+F32 = ("--outtype", "f32")
 # Phi-2 has byte-level BPE, and its class in llama.cpp's converter knows no other vocabulary.
 CONVERT = """
 import runpy, sys
@@ -55,18 +52,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def _models(family: str) -> dict[str, Any]:
-    path = Path(__file__).parents[1] / "parity" / f"models_{family}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return {f"{family}_{name}": model for name, model in module.MODELS.items()}
-
-
-MODELS = {**_models("phi2"), **_models("llama")}
+MODELS = {
+    f"{family}_{name}": model
+    for family, module in (("phi2", models_phi2), ("llama", models_llama))
+    for name, model in module.MODELS.items()
+}
 
 
 @pytest.fixture
@@ -85,15 +75,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple
 def ours(path: Path, ids: list[int]) -> np.ndarray:
     with LLM.load(path, context=CONTEXT) as llm:
         return llm.logits(ids)
-
-
-def their_convert(source: Path, directory: Path, out: Path, *options: str) -> Path:
-    if not PYTHON.exists():
-        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
-    command = [PYTHON, "-c", CONVERT, source, source / "convert_hf_to_gguf.py", directory, "--outfile", out, *options]
-    done = subprocess.run([*command, "--outtype", "f32"], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out
 
 
 @pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
@@ -137,11 +118,11 @@ def test_quantized_it_is_the_same_file_and_model(
 
 @pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 def test_what_its_converter_makes_is_ours_and_runs_here(
-    checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp_source: Path
+    checkpoint: tuple[Any, Path], tmp_path: Path, their_convert: Any
 ) -> None:
     model, directory = checkpoint
     path = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path
-    theirs = their_convert(llama_cpp_source, directory, tmp_path / "theirs.gguf")
+    theirs = their_convert(directory, tmp_path / "theirs.gguf", *F32, program=CONVERT)
     with GGUFFile.open(path) as a, GGUFFile.open(theirs) as b:
         different = {
             key
@@ -167,11 +148,11 @@ def test_what_its_converter_makes_is_ours_and_runs_here(
 
 @pytest.mark.parametrize("checkpoint", ["phi2_phi_2", "llama_biased_tied_grouped_64"], indirect=True)
 def test_projections_that_its_converter_fuses_run_here(
-    checkpoint: tuple[Any, Path], tmp_path: Path, llama_cpp_source: Path
+    checkpoint: tuple[Any, Path], tmp_path: Path, their_convert: Any
 ) -> None:
     model, directory = checkpoint
     path = convert(directory, tmp_path / "ours.gguf", "f32", quiet=True).plan.path
-    theirs = their_convert(llama_cpp_source, directory, tmp_path / "theirs.gguf", "--fuse-qkv")
+    theirs = their_convert(directory, tmp_path / "theirs.gguf", *F32, "--fuse-qkv", program=CONVERT)
     with GGUFFile.open(theirs) as file:
         assert "blk.0.attn_qkv.weight" in file.tensors
         assert "blk.0.attn_qkv.bias" in file.tensors

@@ -1,9 +1,7 @@
 """llama.cpp's own converter as an oracle: every key and every tensor of its file against ours."""
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,6 @@ from phiquant.gguf import GGUFFile
 pytestmark = [pytest.mark.interop, pytest.mark.cpu]
 
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
-HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiquant"
-PYTHON = Path(os.environ.get("PHIQUANT_PARITY_PYTHON", HOME / "parity/bin/python"))
 
 EXPLAINED = {
     "general.name": "keeps its hyphens, so that llama.cpp takes the special tokens for Phi-3's",
@@ -176,28 +172,6 @@ def _moe_layer(layer: str, hidden: int, ffn: int, kv: int, experts: int) -> dict
     return shapes
 
 
-@pytest.fixture(scope="module")
-def their_convert(llama_cpp_source: Path) -> Any:
-    if not PYTHON.exists():
-        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
-
-    def run(directory: Path, out: Path, outtype: str) -> Path:
-        command = [
-            PYTHON,
-            llama_cpp_source / "convert_hf_to_gguf.py",
-            directory,
-            "--outfile",
-            out,
-            "--outtype",
-            outtype,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return out
-
-    return run
-
-
 def compare(ours: Path, theirs: Path) -> set[str]:
     """Assert equality but for what is explained; the explained keys that do differ."""
     with GGUFFile.open(ours) as a, GGUFFile.open(theirs) as b:
@@ -220,7 +194,7 @@ def compare(ours: Path, theirs: Path) -> set[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_key_and_tensor(their_convert: Any, tmp_path: Path, name: str) -> None:
     directory = write(tmp_path / name, CASES[name])
-    theirs = their_convert(directory, tmp_path / "theirs.gguf", "auto")
+    theirs = their_convert(directory, tmp_path / "theirs.gguf", "--outtype", "auto")
     ours = convert(directory, tmp_path / "ours.gguf", "auto").plan.path
     assert compare(ours, theirs) >= {"phiquant.version", "phiquant.tokenizer.added_tokens"}
 
@@ -228,13 +202,13 @@ def test_every_key_and_tensor(their_convert: Any, tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
 def test_every_outtype(their_convert: Any, tmp_path: Path, outtype: str) -> None:
     directory = write(tmp_path / "Phi-3.5-mini-instruct", CASES["Phi-3.5-mini-instruct"])
-    theirs = their_convert(directory, tmp_path / "theirs.gguf", outtype)
+    theirs = their_convert(directory, tmp_path / "theirs.gguf", "--outtype", outtype)
     compare(convert(directory, tmp_path / "ours.gguf", outtype).plan.path, theirs)
 
 
 def test_llama_cpp_computes_the_same_from_both(their_convert: Any, llama_cpp: Any, tmp_path: Path) -> None:
     directory = write(tmp_path / "phi3-tiny", CASES["phi3-tiny"])
-    theirs = their_convert(directory, tmp_path / "theirs.gguf", "f16")
+    theirs = their_convert(directory, tmp_path / "theirs.gguf", "--outtype", "f16")
     ours = convert(directory, tmp_path / "ours.gguf", "f16").plan.path
     ids = llama_cpp.tokenize(ours, [(TINY / "page.txt").read_text(encoding="utf-8")])[0][:256]
     np.testing.assert_array_equal(llama_cpp.logits(ours, ids), llama_cpp.logits(theirs, ids))

@@ -4,8 +4,6 @@ llama.cpp computes PhiMoE otherwise: RMSNorm for LayerNorm, a normalised softmax
 for short_mscale and long_mscale. How far that is from the truth is measured here; equality is for `tests/parity`.
 """
 
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from phiquant.eval.kl import compare_logits
 from phiquant.gguf import GGUFFile
 
 from ..parity.models_phimoe import MODELS, write_checkpoint
-from .test_interop_converter import PYTHON
 
 pytestmark = pytest.mark.interop
 
@@ -38,33 +35,16 @@ RELEASED = replace(
 )
 
 
-@pytest.fixture(scope="module")
-def their_file(llama_cpp_source: Path) -> Callable[..., Path]:
-    """Run llama.cpp's converter with more options: (checkpoint, output, options)."""
-    if not PYTHON.exists():
-        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
-
-    def run(checkpoint: Path, out: Path, *options: str) -> Path:
-        command = [PYTHON, llama_cpp_source / "convert_hf_to_gguf.py", checkpoint, "--outfile", out]
-        done = subprocess.run(
-            [*command, "--outtype", "f32", *options], capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return out
-
-    return run
-
-
 def ours(path: Path, ids: list[int]) -> tuple[np.ndarray, list[str]]:
     """Logits, and what was assumed."""
     with LLM.load(path, backend="reference", cache_type="f32", context=512) as llm:
         return llm.logits(ids), llm.notes
 
 
-def test_each_reads_the_files_of_the_other(their_file: Callable[..., Path], llama_cpp: Any, tmp_path: Path) -> None:
+def test_each_reads_the_files_of_the_other(their_convert: Any, llama_cpp: Any, tmp_path: Path) -> None:
     checkpoint, ids = write_checkpoint(RELEASED, tmp_path / "Phi-3.5-MoE"), RELEASED.ids(TOKENS)
     here = convert(checkpoint, tmp_path / "ours.gguf", "f32", quiet=True).plan.path
-    theirs = their_file(checkpoint, tmp_path / "theirs.gguf")
+    theirs = their_convert(checkpoint, tmp_path / "theirs.gguf", "--outtype", "f32")
     truth, assumed = ours(here, ids)
     assert assumed == []
 
@@ -80,10 +60,10 @@ def test_each_reads_the_files_of_the_other(their_file: Callable[..., Path], llam
     assert np.abs(found - truth).max() < 1e-6
 
 
-def test_a_file_with_fused_projections(their_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_file_with_fused_projections(their_convert: Any, tmp_path: Path) -> None:
     checkpoint, ids = write_checkpoint(RELEASED, tmp_path / "Phi-3.5-MoE"), RELEASED.ids(60)
     truth, _ = ours(convert(checkpoint, tmp_path / "ours.gguf", "f32", quiet=True).plan.path, ids)
-    fused = their_file(checkpoint, tmp_path / "fused.gguf", "--fuse-qkv")
+    fused = their_convert(checkpoint, tmp_path / "fused.gguf", "--outtype", "f32", "--fuse-qkv")
     with GGUFFile.open(fused) as file:
         assert {"blk.0.attn_qkv.weight", "blk.0.attn_qkv.bias"} <= set(file.tensors)
     found, _ = ours(fused, ids)

@@ -1,8 +1,6 @@
 """Byte-level vocabularies and llama.cpp: its converter's keys, and the ids that it gives from our file."""
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from phiquant.text import Tokenizer
 
 pytestmark = pytest.mark.interop
 
-HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phiquant"
-PYTHON = Path(os.environ.get("PHIQUANT_PARITY_PYTHON", HOME / "parity/bin/python"))
 KINDS = {"phi-2": "gpt-2", "phi-4": "dbrx", "phi-4-mini": "gpt-4o"}
 SIZE = 1600
 
@@ -27,9 +23,8 @@ import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import conversion.base
 import convert_hf_to_gguf
-name = sys.argv[2]
-conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: name
-sys.argv[1:] = sys.argv[3:]
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: NAME
+sys.argv = sys.argv[2:]
 convert_hf_to_gguf.main()
 """
 
@@ -71,21 +66,11 @@ def checkpoint(directory: Path, state: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_of_its_converter(
-    llama_cpp_source: Path, tmp_path: Path, byte_level: Callable[[str], dict[str, Any]], kind: str
+    their_convert: Any, tmp_path: Path, byte_level: Callable[[str], dict[str, Any]], kind: str
 ) -> None:
-    if not PYTHON.exists():
-        pytest.skip(f"torch and transformers, which llama.cpp's converter needs, are not installed at {PYTHON}")
     directory = checkpoint(tmp_path / "model", byte_level(kind))
-    out = tmp_path / "theirs.gguf"
-    options = [directory, "--outfile", out, "--vocab-only"]
-    done = subprocess.run(
-        [PYTHON, "-c", _CONVERT, llama_cpp_source, KINDS[kind], *options],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    program = _CONVERT.replace("NAME", repr(KINDS[kind]))
+    out = their_convert(directory, tmp_path / "theirs.gguf", "--vocab-only", program=program)
     config = json.loads((directory / "config.json").read_text())
     ours = {entry.key: entry for entry in tokenizer_keys(TokenizerFiles.read(directory, config), SIZE)}
     with GGUFFile.open(out) as file:

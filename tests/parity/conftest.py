@@ -4,7 +4,7 @@ Weights are larger than a fresh model's: scores of attention spread by 1 and log
 mask shows at once (`test_the_vectors_tell_the_regimes_apart`).
 """
 
-import importlib.util
+import importlib
 import json
 import shutil
 import sys
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from phiquant import LLM
 from phiquant.convert import convert
 
 HERE = Path(__file__).parent
@@ -27,6 +28,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 LENGTH = 200
 VOCABULARY = 32064
 LAYERS = 3
+MOST_KL = {"f16": 1e-6, "f32": 1e-9}  # mean, by the type of the cache
+CLOSE = 0.01  # in log-probability
 
 
 @dataclass(frozen=True)
@@ -127,17 +130,10 @@ MODELS = {
 }
 
 
-def _models(path: Path) -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return dict(module.MODELS)
-
-
-_FAMILIES = {path.stem.removeprefix("models_"): _models(path) for path in sorted(HERE.glob("models_*.py"))}
+_FAMILIES = {
+    path.stem.removeprefix("models_"): importlib.import_module(path.stem).MODELS
+    for path in sorted(HERE.glob("models_*.py"))
+}
 # Those of the other architectures, each in a file of its own: architecture -> name -> model. Those that transformers
 # does not make of their `classes` have tests of their own.
 FAMILIES = {
@@ -181,6 +177,11 @@ def kl(truth: np.ndarray, ours: np.ndarray) -> float:
     return float((np.exp(truth) * (truth - ours)).sum(axis=1).mean())
 
 
+def estimated(difference: np.ndarray) -> float:
+    """KL divergence estimated from differences of log-probabilities at random tokens, to second order."""
+    return float((difference.astype(np.float64) ** 2).mean() / 2)
+
+
 def saved(model: Any, directory: Path) -> Any:
     """A transformers model with the weights of `model`, saved by save_pretrained."""
     torch = pytest.importorskip("torch")
@@ -203,6 +204,26 @@ def truth(made: Any, ids: list[int]) -> np.ndarray:
 
     with torch.no_grad():
         return log_softmax(made(torch.tensor([ids])).logits[0].numpy())
+
+
+def check(
+    expected: np.ndarray, path: Path, ids: list[int], backend: str, record: Callable[[str, object], None]
+) -> None:
+    """A file's log-probabilities are within bounds of the right ones with either cache, the likeliest tokens the same.
+
+    Half precision may swap two tokens that are as good as equally likely.
+    """
+    for cache_type, most in MOST_KL.items():
+        with LLM.load(path, backend=backend, cache_type=cache_type) as llm:
+            found = log_softmax(llm.logits(ids))
+        divergence = kl(expected, found)
+        record(f"{backend} {cache_type}", divergence)
+        print(f"KL {backend:10} {cache_type} {divergence:.2e}")
+        assert divergence <= most, (backend, cache_type)
+        top, ours = expected.argmax(axis=1), found.argmax(axis=1)
+        rows = np.flatnonzero(top != ours)
+        assert cache_type == "f16" or len(rows) == 0, backend
+        assert (expected[rows, top[rows]] - expected[rows, ours[rows]] < CLOSE).all(), backend
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

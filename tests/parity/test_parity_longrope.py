@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from phiquant import LLM
@@ -46,13 +45,6 @@ def pair(
     return model, made, path
 
 
-def truth(parity: Any, made: Any, ids: list[int]) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return parity.log_softmax(made(torch.tensor([ids])).logits[0].numpy())
-
-
 def greedy(made: Any, ids: list[int], count: int) -> list[int]:
     """The likeliest continuation, each token from the whole sequence anew, but for ids that have no text."""
     import torch
@@ -72,7 +64,7 @@ def test_lengths_around_the_border(
     with LLM.load(path, backend="cpu", cache_type="f32", batch=batch) as llm:
         for length in LENGTHS:
             ids = model.ids(length)
-            expected, found = truth(parity, made, ids), parity.log_softmax(llm.logits(ids))
+            expected, found = parity.truth(made, ids), parity.log_softmax(llm.logits(ids))
             divergence = parity.kl(expected, found)
             record_property(f"{length} tokens", divergence)
             assert divergence <= MOST_KL, length
@@ -82,7 +74,7 @@ def test_lengths_around_the_border(
 def test_the_regimes_differ(parity: Any, pair: tuple[Any, Any, Path]) -> None:
     """Or the tests above would show nothing: the first tokens of a long sequence are not those of a short one."""
     model, made, _ = pair
-    short, long = (truth(parity, made, model.ids(length))[: BORDER // 2] for length in (BORDER, BORDER + 1))
+    short, long = (parity.truth(made, model.ids(length))[: BORDER // 2] for length in (BORDER, BORDER + 1))
     assert parity.kl(short, long) > 1e-3
 
 

@@ -14,7 +14,6 @@ from . import models_phi3small, numpy_phi3small
 
 pytestmark = pytest.mark.parity
 
-MOST_KL = {"f16": 1e-6, "f32": 1e-9}  # by the type of the cache
 MODELS = models_phi3small.MODELS | models_phi3small.OTHERS
 
 in_each = pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -47,27 +46,13 @@ def made(parity: Any, model: Any, directory: Path) -> Path:
     return directory / "model.gguf"
 
 
-def check(
-    parity: Any, expected: np.ndarray, path: Path, ids: list[int], backend: str, record: Callable[[str, object], None]
-) -> None:
-    truth = parity.log_softmax(expected)
-    for cache_type, most in MOST_KL.items():
-        with LLM.load(path, backend=backend, cache_type=cache_type) as llm:
-            found = parity.log_softmax(llm.logits(ids))
-        divergence = parity.kl(truth, found)
-        record(cache_type, divergence)
-        print(f"KL {backend:10} {cache_type} {divergence:.2e}")
-        assert divergence <= most, cache_type
-        if cache_type == "f32":
-            assert (truth.argmax(axis=1) == found.argmax(axis=1)).all()
-
-
 @pytest.mark.parametrize("model", models_phi3small.MODELS.values(), ids=lambda model: model.name)
 @in_each
 def test_divergence_from_mlx_lm(
     from_mlx: Any, parity: Any, model: Any, backend: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    check(parity, from_mlx(model), made(parity, model, tmp_path), model.ids(), backend, record_property)
+    expected = parity.log_softmax(from_mlx(model))
+    parity.check(expected, made(parity, model, tmp_path), model.ids(), backend, record_property)
 
 
 @pytest.mark.parametrize("model", models_phi3small.OTHERS.values(), ids=lambda model: model.name)
@@ -75,8 +60,8 @@ def test_divergence_from_mlx_lm(
 def test_divergence_from_float64(
     parity: Any, model: Any, backend: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    expected = numpy_phi3small.logits(model, model.weights(), model.ids())
-    check(parity, expected, made(parity, model, tmp_path), model.ids(), backend, record_property)
+    expected = parity.log_softmax(numpy_phi3small.logits(model, model.weights(), model.ids()))
+    parity.check(expected, made(parity, model, tmp_path), model.ids(), backend, record_property)
 
 
 @pytest.mark.parametrize("name", list(models_phi3small.MODELS))
@@ -118,7 +103,7 @@ def test_lengths_around_every_border(
             ids = model.ids(length)
             expected = parity.log_softmax(numpy_phi3small.logits(model, weights, ids))
             found = parity.log_softmax(llm.logits(ids))
-            assert parity.kl(expected, found) <= MOST_KL["f32"], length
+            assert parity.kl(expected, found) <= parity.MOST_KL["f32"], length
             assert (expected.argmax(axis=1) == found.argmax(axis=1)).all(), length
 
 

@@ -14,11 +14,6 @@ pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 BACKENDS = ("reference", "cpu")  # of the architectures besides Phi-3
 
 
-def divergence(difference: np.ndarray) -> float:
-    """KL divergence estimated from differences of log-probabilities at random tokens, to second order."""
-    return float((difference.astype(np.float64) ** 2).mean() / 2)
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_log_probabilities_equal_those_of_transformers(
     parity: Any, model: Any, files: Callable[[Any], Path], backend: str
@@ -30,7 +25,7 @@ def test_log_probabilities_equal_those_of_transformers(
         with LLM.load(path, backend=backend, cache_type=cache_type) as llm:
             assert llm.backend == backend
             found = parity.log_softmax(llm.logits(model.ids()))
-        assert divergence(found[:, parity.KEPT] - expected["kept"]) < most, cache_type
+        assert parity.estimated(found[:, parity.KEPT] - expected["kept"]) < most, cache_type
         if cache_type == "f32":
             assert (found.argmax(axis=1) == expected["top"]).all()
 
@@ -43,7 +38,7 @@ def test_log_probabilities_of_other_architectures(
     assert expected["ids"].tolist() == other.ids()
     with LLM.load(files(other), backend=backend, cache_type="f32") as llm:
         found = parity.log_softmax(llm.logits(other.ids()))
-    assert divergence(found[:, parity.KEPT] - expected["kept"]) < 1e-9
+    assert parity.estimated(found[:, parity.KEPT] - expected["kept"]) < 1e-9
     assert (found.argmax(axis=1) == expected["top"]).all()
 
 
@@ -58,4 +53,4 @@ def test_greedy_text_of_the_bundled_model_equals_that_of_transformers(parity: An
 def test_the_vectors_tell_the_regimes_apart(parity: Any) -> None:
     """Same weights, short and long factors: an error of this kind would be ten thousand times the tolerance."""
     short, long = (np.load(parity.VECTORS / f"phi3_longrope_{side}_96.npz")["kept"] for side in ("below", "above"))
-    assert divergence(short - long) > 1e-2
+    assert parity.estimated(short - long) > 1e-2

@@ -22,11 +22,6 @@ pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 in_each = pytest.mark.parametrize("backend", ["reference", "cpu"])
 
 
-def divergence(difference: np.ndarray) -> float:
-    """KL divergence estimated from differences of log-probabilities at random tokens, to second order."""
-    return float((difference.astype(np.float64) ** 2).mean() / 2)
-
-
 @pytest.mark.parametrize("model", [*MODELS.values(), *OTHERS.values()], ids=lambda model: model.name)
 @in_each
 def test_log_probabilities_are_the_expected(
@@ -38,14 +33,14 @@ def test_log_probabilities_are_the_expected(
     for cache_type, most in (("f32", 1e-9), ("f16", 1e-6)):
         with LLM.load(path, backend=backend, cache_type=cache_type) as llm:
             found = parity.log_softmax(llm.logits(model.ids())[-LAST:])
-        assert divergence(found[:, parity.KEPT] - expected["kept"]) < most, cache_type
+        assert parity.estimated(found[:, parity.KEPT] - expected["kept"]) < most, cache_type
         if cache_type == "f32":
             assert (found.argmax(axis=1) == expected["top"]).all()
 
 
 def test_the_vectors_tell_the_regimes_apart(parity: Any) -> None:
     short, long = (np.load(parity.VECTORS / f"phi3small_longrope_{side}_64.npz")["kept"] for side in ("below", "above"))
-    assert divergence(short - long) > 1e-2
+    assert parity.estimated(short - long) > 1e-2
 
 
 def test_the_vectors_tell_sparse_attention_from_dense(parity: Any, files: Callable[[Any], Path]) -> None:
@@ -55,7 +50,7 @@ def test_the_vectors_tell_sparse_attention_from_dense(parity: Any, files: Callab
         with LLM.load(files(model), backend="cpu", cache_type="f32") as llm:
             found = parity.log_softmax(llm.logits(model.ids())[-LAST:])
         expected = np.load(parity.VECTORS / f"phi3small_{name}.npz")["kept"]
-        assert divergence(found[:, parity.KEPT] - expected) > least
+        assert parity.estimated(found[:, parity.KEPT] - expected) > least
 
 
 @in_each

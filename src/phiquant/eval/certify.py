@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,15 +47,22 @@ class Borders:
     @classmethod
     def of_checkpoint(cls, folder: Path) -> "Borders":
         """From config.json. CheckpointError if it cannot be read."""
+        path = folder / "config.json"
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            context = int(config["max_position_embeddings"])
+            return cls._of(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise CheckpointError(
                 f"{folder} is no checkpoint: config.json cannot be read ({error.strerror})"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} does not tell max_position_embeddings") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{path} does not tell max_position_embeddings, rope_scaling and sliding_window as a model of this "
+                "family has them; fetch the checkpoint again"
+            ) from error
+
+    @classmethod
+    def _of(cls, config: Mapping[str, Any]) -> "Borders":
+        context = int(config["max_position_embeddings"])
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         original = 0
         if (rope.get("rope_type") or rope.get("type")) in _LONG_ROPE:
