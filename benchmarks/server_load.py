@@ -162,10 +162,7 @@ async def shared(port: int, system: str) -> tuple[float, float]:
 
 
 class Turns:
-    """Both servers, one after the other.
-
-    ours, theirs: extra options.
-    """
+    """Both servers' processes; options and threads are those of the command line."""
 
     def __init__(self, a: argparse.Namespace, folder: Path) -> None:
         self._a, self._folder = a, folder
@@ -214,6 +211,12 @@ def measure(a: argparse.Namespace, names: Sequence[str]) -> tuple[dict[int, list
                     with turns.started(name, streams) as server:
                         warm(server.port)
                         found[name] = asyncio.run(load(server.port, asked, streams, lambda: bar.advance(task)))
+                    told = found[name]
+                    bar.console.print(
+                        f"{name}, {streams} streams, round {turn + 1}: {told.total:.1f} tokens/s, first text "
+                        f"{told.first_50:.2f} s, for 95 % {told.first_95:.2f} s",
+                        highlight=False,
+                    )
                 loads[streams].append([found[name] for name in names])
         for turn in range(a.rounds):
             system = prompts.text(SYSTEM)
@@ -260,7 +263,9 @@ def report(a: argparse.Namespace, loads: dict[int, list[list[Load]]], chats: lis
             form = ".3f" if unit == "s" else ".1f"
             cells.append(f" {mine:{form}} | {its:{form}} | {share:.2f} |")
         print(f"| {streams} |" + "".join(cells))
-    print(f"\n| system prompt of {SYSTEM} tokens, shared | phiquant | llama-server | ratio |\n| --- | --: | --: | --: |")
+    print(
+        f"\n| system prompt of {SYSTEM} tokens, shared | phiquant | llama-server | ratio |\n| --- | --: | --: | --: |"
+    )
     for at, what in enumerate(("first", "second")):
         mine, its, share = row(f"first text of the {what} chat, s", "s", [(x[at], y[at]) for x, y in chats])
         print(f"| first text, {what} request, s | {mine:.3f} | {its:.3f} | {share:.2f} |")
