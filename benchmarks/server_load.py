@@ -216,6 +216,7 @@ def measure(a: argparse.Namespace, names: Sequence[str]) -> tuple[dict[int, list
                         f"{name}, {streams} streams, round {turn + 1}: {told.total:.1f} tokens/s, first text "
                         f"{told.first_50:.2f} s, for 95 % {told.first_95:.2f} s",
                         highlight=False,
+                        soft_wrap=True,
                     )
                 loads[streams].append([found[name] for name in names])
         for turn in range(a.rounds):
