@@ -27,8 +27,9 @@ def test_both_steps_in_one_are_the_two_steps(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     convert(TINY, "whole.gguf", "auto", quiet=True)
-    assert run(["quantize", "--calibrate", str(short), str(TINY), "checkpoint.gguf", "Q2_K_S"]) == 0
-    assert run(["quantize", "--calibrate", str(short), "whole.gguf", "file.gguf", "q2_k_s", "1"]) == 0
+    whole = ["--calibrate", str(short), "--no-measure"]
+    assert run(["quantize", *whole, str(TINY), "checkpoint.gguf", "Q2_K_S"]) == 0
+    assert run(["quantize", *whole, "whole.gguf", "file.gguf", "q2_k_s", "1"]) == 0
     assert run(["imatrix", "-m", "whole.gguf", "-f", str(short), "--no-ppl", "-q"]) == 0
     assert run(["quantize", "-q", "--imatrix", "imatrix.gguf", "whole.gguf", "two.gguf", "Q2_K_S"]) == 0
     assert "note" not in capsys.readouterr().err
@@ -44,10 +45,10 @@ def test_both_steps_in_one_are_the_two_steps(
 
 @pytest.mark.cpu
 def test_the_dry_run_is_exact_without_running_the_model(
-    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = {"calibrate": short, "exclude_weights": ["ffn_down"]}
+    options = {"calibrate": TEXT, "measure_text": TINY / "evaluation.txt", "exclude_weights": ["ffn_down"]}
     quantize([str(TINY), "out.gguf", "Q3_K_M"], QuantizeOptions(**options, dry_run=True))  # type: ignore[arg-type]
     shown = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -62,7 +63,10 @@ def test_the_dry_run_is_exact_without_running_the_model(
         ({"include_weights": ["no_such"], "dry_run": True}, "no entry of .*calibration.txt has this"),
         ({"exclude_weights": ["blk"], "dry_run": True}, "leaves no entry of .*calibration.txt"),
         ({"calibrate": TINY / "model.safetensors"}, "not text in UTF-8"),
-        ({"calibrate": TINY / "page.txt"}, "at least 1024"),
+        ({"calibrate": TINY / "page.txt"}, "at least 2048: two chunks of 512 to calibrate on"),
+        ({"calibrate": TINY / "page.txt", "measure": False}, "at least 1024"),
+        ({"calibrate": TEXT, "measure_text": TINY / "page.txt"}, "page.txt has 789 tokens and must have at least 1024"),
+        ({"measure": False, "measure_text": TEXT}, "contradict"),
     ],
 )
 @pytest.mark.cpu

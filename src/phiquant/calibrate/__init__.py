@@ -2,6 +2,7 @@
 
 from phiquant.calibrate.collect import Calibration, Done, collect
 from phiquant.calibrate.combine import check_same_model, combine
+from phiquant.calibrate.held_out import held_out
 from phiquant.calibrate.statistics import LayerFigures, TensorFigures, layer_figures, tensor_figures
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "check_same_model",
     "collect",
     "combine",
+    "held_out",
     "layer_figures",
     "tensor_figures",
 ]

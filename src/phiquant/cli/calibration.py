@@ -1,6 +1,5 @@
 """Collecting importance, as `imatrix` and `quantize --calibrate` show it."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,43 +7,47 @@ import numpy as np
 
 from phiquant.calibrate import Calibration
 from phiquant.cli.notices import Notices
+from phiquant.cli.original import Original
 from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.convert import Importance
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Statistic
-from phiquant.convert.plan import plan_convert
-from phiquant.convert.run import execute
-from phiquant.convert.source import CheckpointSource, Source
-from phiquant.errors import OutputError
+from phiquant.convert.source import Source
 
 __all__ = ["assumed_importance", "calibrated_importance"]
 
 
 def calibrated_importance(
-    source: Source,
+    original: Original,
     text: Path,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    folder: Path,
+    hold_out: bool = False,
     threads: int = 0,
     quiet: bool = False,
 ) -> Importance:
-    """Run the model of `source` on a text and keep what matters to it.
+    """Run the original on a text, with `hold_out` without its end, and keep what matters to it.
 
-    A checkpoint is converted first, as it is stored, to a file in `folder` that is gone afterwards. Errors as for
-    `Calibration`, `Importance.chosen` and `execute`.
+    Errors as for `Calibration`, `Importance.chosen` and `Original.path`.
     """
     read = text_of(text)
-    if not isinstance(source, CheckpointSource):
-        return _collected(source.files[0], read, text, include, exclude, threads, quiet)
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=".phiquant-calibrate-", dir=folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot hold a temporary file: {error.strerror or error}.") from error
-    with temporary as name:
-        lossless = Path(name) / "lossless.gguf"
-        execute(plan_convert(source, "auto", lossless), threads=threads)
-        return _collected(lossless, read, text, include, exclude, threads, quiet)
+    notices = Notices(quiet=quiet)
+    with (
+        Calibration(
+            original.path(),
+            read,
+            hold_out=hold_out,
+            perplexity=False,
+            dataset=str(text),
+            threads=threads,
+            tell=notices.progress,
+        ) as calibration,
+        ReadingBar("collecting", calibration.context, quiet=quiet) as bar,
+    ):
+        notices.clear()
+        for done in calibration.run():
+            bar.advanced(done.chunks, done.total)
+        return Importance.chosen(calibration.matrix(), str(text), include, exclude)
 
 
 def assumed_importance(
@@ -61,19 +64,3 @@ def assumed_importance(
     }
     matrix = ImportanceMatrix(entries, 1, DEFAULT_CHUNK_SIZE, (str(text),))
     return Importance.chosen(matrix, str(text), include, exclude)
-
-
-def _collected(
-    model: Path, text: str, origin: Path, include: Sequence[str], exclude: Sequence[str], threads: int, quiet: bool
-) -> Importance:
-    notices = Notices(quiet=quiet)
-    with (
-        Calibration(
-            model, text, perplexity=False, dataset=str(origin), threads=threads, tell=notices.progress
-        ) as calibration,
-        ReadingBar("collecting", calibration.context, quiet=quiet) as bar,
-    ):
-        notices.clear()
-        for done in calibration.run():
-            bar.advanced(done.chunks, done.total)
-        return Importance.chosen(calibration.matrix(), str(origin), include, exclude)

@@ -1,6 +1,7 @@
 """`phiquant inspect`: what a GGUF file says about itself, as tables or as JSON."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -16,8 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from phiquant import arch
-from phiquant.errors import PhiquantError
+from phiquant.cli.quality import quality_rows
+from phiquant.errors import GGUFError, PhiquantError
 from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys, open_model
+from phiquant.gguf.quality import Quality, standing
 from phiquant.text import Tokenizer
 
 __all__ = ["inspect", "printable"]
@@ -55,6 +58,7 @@ def _document(gguf: GGUFFile) -> dict[str, Any]:
         "parts": [{"path": str(part.path), "size": part.size, "tensors": len(part.tensors)} for part in gguf.parts],
         "file_type": _file_type(gguf),
         "assumptions": _assumptions(gguf),
+        "quality": _quality_document(gguf),
         "metadata": {key: _field(field) for key, field in gguf.fields.items()},
         "tensors": [
             {
@@ -139,6 +143,8 @@ def _print(gguf: GGUFFile) -> None:
         header.add_row("assumed", _safe(assumption))
     console.print(header)
 
+    _print_quality(gguf, console)
+
     metadata = _table("key", "type", "value", title=f"Metadata: {len(gguf.fields)} keys")
     for key, field in gguf.fields.items():
         kind = field.type.name if field.item_type is None else f"{field.item_type.name} [{field.count:,}]"
@@ -159,6 +165,33 @@ def _print(gguf: GGUFFile) -> None:
         bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.3f}"
         totals.add_row(name, f"{len(infos):,}", f"{cost['elements']:,}", f"{cost['size']:,}", bits)
     console.print(totals)
+
+
+def _quality_document(gguf: GGUFFile) -> dict[str, Any] | None:
+    """What the file records of its quality; None if nothing, or nothing that can be read."""
+    try:
+        found = Quality.recorded(gguf)
+        return None if found is None else {**dataclasses.asdict(found), "standing": standing(gguf)}
+    except GGUFError:
+        return None
+
+
+def _print_quality(gguf: GGUFFile, console: Console) -> None:
+    try:
+        found = Quality.recorded(gguf)
+        whose = None if found is None else standing(gguf)
+    except GGUFError as error:
+        console.print(_safe(f"The quality that the file records cannot be read: {error}"))
+        return
+    if found is None:
+        return
+    title = "Quality, measured beside the model that the file was made from"
+    if whose != "of this file":
+        title = "Quality of another file: a program that does not know these keys copied them; measure this one"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    for name, value in quality_rows(found):
+        table.add_row(name, _safe(value))
+    console.print(table)
 
 
 def _table(*columns: str, title: str, right: tuple[int, ...] = ()) -> Table:

@@ -1,11 +1,16 @@
 """`phiquant quantize IN [OUT] TYPE [NTHREADS]`: a GGUF file, checkpoint or repository to GGUF of another type."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
 from phiquant.cli.models import fetched, source_of
+from phiquant.cli.notices import Notices
+from phiquant.cli.original import Original
 from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
 from phiquant.convert.overrides import parse_override
 from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
@@ -16,6 +21,10 @@ from phiquant.convert.source import Source, open_source
 from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGMLType
 from phiquant.gguf.output import check_space
+from phiquant.gguf.quality import Quality
+
+if TYPE_CHECKING:
+    from phiquant.cli.measuring import MeasureText
 
 __all__ = ["Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
 
@@ -41,6 +50,8 @@ class QuantizeOptions:
     tensor_type_file: Path | None = None
     imatrix: Path | None = None
     calibrate: Path | None = None
+    measure: bool = True
+    measure_text: Path | None = None
     include_weights: Sequence[str] = ()
     exclude_weights: Sequence[str] = ()
     prune_layers: str | None = None
@@ -76,6 +87,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
     else:
         model = fetched(repository, quiet=options.quiet)
     with open_source(model, quiet=options.quiet) as source:
+        text = _measure_text(source, options)
 
         def planned(importance: Importance | None) -> Plan:
             plan = plan_quantize(
@@ -89,24 +101,39 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 prune=prune,
                 dry_run=options.dry_run,
             )
+            plan = replace(plan, quality=None if text is None else text.unknown(source.name))
             return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
 
-        if options.calibrate is not None:
-            plan = _calibrated(source, options.calibrate, options, parsed.threads, planned)
-        else:
-            plan = planned(None if options.imatrix is None else _opened(options.imatrix, options))
+        first = _planned(source, options, planned)
         if options.dry_run:
-            print_plan(plan)
+            print_plan(first)
             return 0
-        with ConversionBar(quiet=options.quiet) as bar:
-            report = execute(
-                plan,
-                threads=parsed.threads,
-                keep_nan=options.keep_nan,
-                resume=options.resume,
-                max_memory=options.max_memory,
-                progress=bar,
-            )
+        with Original(source, first.path.absolute().parent, threads=parsed.threads) as original:
+            _check_calibration(first, options)
+            if text is not None:
+                check_space(first.path, first.size)
+                text.check(original.path())
+            plan = _calibrated(first, original, options, parsed.threads, planned)
+            with ConversionBar(quiet=options.quiet) as bar:
+
+                def measure(file: Path) -> Quality:
+                    from phiquant.cli.measuring import measured  # loads the engine, which quantizing does without
+
+                    assert text is not None
+                    bar.stop()
+                    return measured(
+                        file, original.path(), text, called=source.name, threads=parsed.threads, quiet=options.quiet
+                    )
+
+                report = execute(
+                    plan,
+                    threads=parsed.threads,
+                    keep_nan=options.keep_nan,
+                    resume=options.resume,
+                    max_memory=options.max_memory,
+                    measure=None if text is None else measure,
+                    progress=bar,
+                )
     if not options.quiet:
         print_report(report)
     return 0
@@ -151,28 +178,66 @@ def _opened(path: Path, options: QuantizeOptions) -> Importance:
     return Importance.open(path, options.include_weights, options.exclude_weights)
 
 
-def _calibrated(
-    source: Source, text: Path, options: QuantizeOptions, threads: int, planned: Callable[[Importance | None], Plan]
-) -> Plan:
-    """The plan with importance collected from a text; whatever would be refused after that is refused before."""
+def _measure_text(source: Source, options: QuantizeOptions) -> MeasureText | None:
+    """What the output is to be measured on; None if it is not to be measured."""
+    if options.measure_text is not None and not options.measure:
+        raise RequestError("--measure-text and --no-measure contradict each other; give one.")
+    path = options.measure_text or options.calibrate
+    if path is None or not options.measure:
+        return None
+    quantized = next((tensor for tensor in source.tensors if tensor.type.is_quantized), None)
+    if quantized is not None:
+        sentence = f"{source.files[0]} is quantized already ({quantized.name} is {quantized.type.name})"
+        if options.measure_text is not None:
+            raise RequestError(f"{sentence}, and nothing is measured beside it; leave out --measure-text.")
+        Notices(quiet=options.quiet).note(f"{sentence}, so the result is not measured beside it")
+        return None
+    from phiquant.cli.measuring import MeasureText  # loads the engine, which quantizing does without
+
+    return MeasureText.read(path, held_out=options.measure_text is None)
+
+
+def _planned(source: Source, options: QuantizeOptions, planned: Callable[[Importance | None], Plan]) -> Plan:
+    """The plan, with an importance that is only assumed where it is to be collected."""
+    if options.calibrate is None:
+        return planned(None if options.imatrix is None else _opened(options.imatrix, options))
     from phiquant.cli import calibration  # loads the engine, which quantizing does without
 
     include, exclude = options.include_weights, options.exclude_weights
-    plan = planned(calibration.assumed_importance(source, text, include=include, exclude=exclude))
-    if options.dry_run:
-        return plan
+    return planned(calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude))
+
+
+def _check_calibration(plan: Plan, options: QuantizeOptions) -> None:
+    """Whatever would be refused after a calibration is refused before."""
+    if options.calibrate is None:
+        return
     if all(tensor.importance is None for tensor in plan.tensors):
         raise RequestError(
-            f"--calibrate {text}: no type of {plan.path.name} depends on importance; leave the option out."
+            f"--calibrate {options.calibrate}: no type of {plan.path.name} depends on importance; leave the option out."
         )
     check_space(plan.path, plan.size)
+
+
+def _calibrated(
+    plan: Plan,
+    original: Original,
+    options: QuantizeOptions,
+    threads: int,
+    planned: Callable[[Importance | None], Plan],
+) -> Plan:
+    """The plan with the importance that --calibrate collects."""
+    text = options.calibrate
+    if text is None:
+        return plan
+    from phiquant.cli import calibration
+
     return planned(
         calibration.calibrated_importance(
-            source,
+            original,
             text,
-            include=include,
-            exclude=exclude,
-            folder=plan.path.absolute().parent,
+            include=options.include_weights,
+            exclude=options.exclude_weights,
+            hold_out=plan.quality is not None and options.measure_text is None,
             threads=threads,
             quiet=options.quiet,
         )

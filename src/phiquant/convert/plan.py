@@ -27,9 +27,10 @@ from phiquant.convert.weighing import Importance, importance_entries, missing_im
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf import FileType, GGMLType, ValueType, keys
 from phiquant.gguf.checksum import DIGITS
+from phiquant.gguf.quality import Quality, is_quality_key
 from phiquant.gguf.split import part_path, split_name
 
-__all__ = ["Part", "Plan", "checksum_entries", "padded", "plan_convert", "plan_quantize"]
+__all__ = ["Part", "Plan", "checksum_entries", "padded", "plan_convert", "plan_quantize", "quality_entries"]
 
 _ALIGNMENT = 32
 _CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -75,7 +76,8 @@ class Plan:
     """An output in every detail; `tensors` in the file's order.
 
     `part_sizes`: how many tensors each part of a split output holds, and `path` is the first part; `copied`: tensors
-    and metadata are the source's, to the byte; `remarks`: what the user should know.
+    and metadata are the source's, to the byte; `remarks`: what the user should know; `quality`: that there will be such
+    figures, or with `copied` these figures; `in_place`: the output may take the source's place.
     """
 
     source: Source
@@ -86,15 +88,20 @@ class Plan:
     remarks: Sequence[str] = ()
     part_sizes: tuple[int, ...] = ()
     copied: bool = False
+    quality: Quality | None = None
+    in_place: bool = False
 
     @property
     def parts(self) -> list[Part]:
-        """The files to be written; the checksum is not known yet, and as long as it will be."""
-        if self.copied:
-            entries = list(self.entries)
-        else:
-            ours = (*_CHECKSUM_KEYS, *_SPLIT_KEYS)
-            entries = [entry for entry in self.entries if entry.key not in ours]
+        """The files to be written; checksum and quality are not known yet, and as long as they will be."""
+        entries = list(self.entries)
+        if not self.copied:
+            entries = [entry for entry in entries if entry.key not in (*_CHECKSUM_KEYS, *_SPLIT_KEYS)]
+        if self.quality is not None or not self.copied:
+            entries = [entry for entry in entries if not is_quality_key(entry.key)]
+        if self.quality is not None:
+            entries += quality_entries(self.quality)
+        if not self.copied:
             entries += checksum_entries("0" * DIGITS, np.zeros(len(self.tensors), np.uint64))
         if not self.part_sizes:
             return [Part(self.path, self.tensors, entries)]
@@ -141,6 +148,11 @@ class Plan:
 def checksum_entries(text: str, parts: npt.NDArray[np.uint64]) -> list[Entry]:
     """The two keys of a checksum."""
     return [string(keys.CHECKSUM, text), Entry(keys.TENSOR_CHECKSUMS, ValueType.ARRAY, parts, ValueType.UINT64)]
+
+
+def quality_entries(quality: Quality, weights: str = "0" * DIGITS) -> list[Entry]:
+    """The keys of a quality; `weights`: the checksum of what was measured."""
+    return [Entry(*pair) for pair in quality.pairs(weights)]
 
 
 def plan_convert(source: CheckpointSource, outtype: str, path: Path | None) -> Plan:

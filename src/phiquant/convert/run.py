@@ -6,7 +6,7 @@ its name only when every byte is written.
 
 import os
 import threading
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from phiquant.convert.source import CheckpointSource, open_source
 from phiquant.convert.weighing import Importance
 from phiquant.errors import RequestError, WeightsError
 from phiquant.gguf.checksum import Piece, pieces
+from phiquant.gguf.quality import Quality
 
 __all__ = ["Progress", "Report", "convert", "execute", "quantize"]
 
@@ -51,10 +52,11 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What was done: the plan and the seconds it took."""
+    """What was done: the plan, the seconds it took, without those of measuring, and what was measured."""
 
     plan: Plan
     seconds: float
+    quality: Quality | None = None
 
 
 def convert(
@@ -141,13 +143,15 @@ def execute(
     resume: bool = False,
     max_memory: int | None = None,
     overwrite: bool = True,
+    measure: Callable[[Path], Quality] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Carry out a plan whose source is open.
 
     `threads`: None or 0 takes one for each core. `keep_nan`: NaN and infinity in weights are no error. `resume`: keep
     what is done when the run is interrupted, and continue what such a run left; the result is the same to the byte.
-    `max_memory`: bytes of resident memory at most, None for `memory.DEFAULT_LIMIT`.
+    `max_memory`: bytes of resident memory at most, None for `memory.DEFAULT_LIMIT`. `measure`: for a plan with a place
+    for a quality, is given a path by which the file can be read that has no name yet; if it fails, there is no file.
     """
     count = threads or os.cpu_count() or 1
     if not 0 < count <= _MAX_THREADS:
@@ -162,9 +166,14 @@ def execute(
         if adopted and progress is not None:
             progress.resumed(sum(t.source_bytes for t in plan.tensors if t.name in adopted))
         _Run(plan, output, adopted, keep_nan or plan.copied, progress).join(count)
-        output.commit()
+        seconds = perf_counter() - started
+        quality = None
+        if measure is not None:
+            with output.readable() as path:
+                quality = measure(path)
+        output.commit(quality)
     plan = replace(plan, remarks=[*plan.remarks, *output.remarks])
-    return Report(plan, perf_counter() - started)
+    return Report(plan, seconds, quality)
 
 
 def _advance(progress: Progress | None, tensor: PlannedTensor) -> None:

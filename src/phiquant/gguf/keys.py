@@ -119,6 +119,10 @@ ROPE_ATTENTION_FACTOR_LONG: Final = "phiquant.rope.attention_factor_long"
 CHECKSUM: Final = "phiquant.checksum"
 TENSOR_CHECKSUMS: Final = "phiquant.checksum.tensors"
 
+# What the file's own quality is; `gguf.quality` says which keys begin so, and of what weights the figures are.
+QUALITY: Final = "phiquant.quality."
+QUALITY_WEIGHTS: Final = "phiquant.quality.weights"
+
 
 class ArchitectureKeys:
     """The keys that carry an architecture's hyperparameters, each an attribute of its name."""

@@ -101,6 +101,18 @@ def quantize(
         Path | None,
         Option("--calibrate", metavar="TEXT", help="Collect an importance matrix on this text first, and weigh by it."),
     ] = None,
+    measure: Annotated[
+        bool,
+        Option(
+            "--measure/--no-measure",
+            help="After --calibrate, compare the result with the original on the last tenth of the text, which is then "
+            "kept from the calibration, and record the figures in the file; inspect shows them.",
+        ),
+    ] = True,
+    measure_text: Annotated[
+        Path | None,
+        Option("--measure-text", metavar="TEXT", help="Measure on this text instead, with or without --calibrate."),
+    ] = None,
     include_weights: Annotated[
         list[str] | None,
         Option(
@@ -148,6 +160,8 @@ def quantize(
         tensor_type_file=tensor_type_file,
         imatrix=imatrix,
         calibrate=calibrate,
+        measure=measure,
+        measure_text=measure_text,
         include_weights=include_weights or [],
         exclude_weights=exclude_weights or [],
         prune_layers=prune_layers,

@@ -1,4 +1,4 @@
-"""Models measured on a text: `imatrix`, `perplexity`, `certify`."""
+"""Models measured on a text: `imatrix`, `perplexity`, `measure`, `certify`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from .options import CacheType, Checkpoint, HfRepo, Json, Quiet, TextFile, Threads
 
-__all__ = ["certify", "imatrix", "perplexity"]
+__all__ = ["certify", "imatrix", "measure", "perplexity"]
 
 
 def imatrix(
@@ -142,6 +142,54 @@ def perplexity(
             base=base,
             cache_type=cache_type,
             output=output,
+            threads=threads,
+            quiet=quiet,
+        )
+    )
+
+
+def measure(
+    path: Annotated[Path | None, Argument(metavar="[FILE]", help="The GGUF file, whoever made it.")] = None,
+    hf_repo: HfRepo = None,
+    against: Annotated[
+        Path | None,
+        Option("--against", "--reference", metavar="FILE", help="The model it was made from, best F16 or larger."),
+    ] = None,
+    file: TextFile = None,
+    write: Annotated[
+        bool,
+        Option("--write", help="Record the figures in the file, which is written again and takes its own place."),
+    ] = False,
+    outfile: Annotated[
+        Path | None,
+        Option("--outfile", "-o", metavar="FILE", help="Record them in a copy instead, which is written here."),
+    ] = None,
+    ctx_size: Annotated[int, Option("--ctx-size", "-c", metavar="N", min=3, help="Tokens of a window.")] = 512,
+    chunks: Annotated[int, Option("--chunks", metavar="N", help="Read at most N windows; -1: all.")] = -1,
+    chunk: Annotated[
+        int, Option("--chunk", "--from-chunk", metavar="N", min=0, help="Leave out the first N windows.")
+    ] = 0,
+    cache_type: CacheType = "f16",
+    as_json: Json = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how far a file is from the model that it was made from, and record that in the file."""
+    from .. import measure as body
+    from ..models import chosen
+
+    return body.measure(
+        body.MeasureOptions(
+            model=chosen(path, hf_repo, "phiquant measure MODEL.gguf --against MODEL-F16.gguf -f TEXT"),
+            against=against,
+            file=file,
+            write=write,
+            outfile=outfile,
+            ctx_size=ctx_size,
+            chunks=chunks,
+            chunk=chunk,
+            cache_type=cache_type,
+            as_json=as_json,
             threads=threads,
             quiet=quiet,
         )
