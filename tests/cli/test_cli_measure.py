@@ -24,7 +24,8 @@ from phiquant.eval.measure import Measurement, RowsBase, stream
 from phiquant.eval.statistics import Comparison
 from phiquant.eval.windows import Windows
 from phiquant.gguf import GGUFFile, GGUFWriter, open_model
-from phiquant.gguf.quality import Quality, made_here, standing
+from phiquant.gguf.describe import made_here
+from phiquant.gguf.quality import Quality, standing
 
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
 PAGE = TINY / "page.txt"

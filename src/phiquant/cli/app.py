@@ -32,6 +32,7 @@ VERBS = {
     "serve": "Serve models over HTTP to clients of OpenAI, Anthropic, llama.cpp and Ollama.",
     "perplexity": "Measure how well a model predicts a text, alone or beside a base.",
     "measure": "Measure how far a file is from the model that it was made from, and record it.",
+    "report": "Show files of one model on a page: size, quality, errors, types, continuations.",
     "certify": "Compare a file's predictions with those of transformers on its checkpoint.",
     "bench": "Measure the speed of models, beside the machine's limits and llama-bench.",
     "verify": "Check a GGUF file: structure, weights, checksum.",

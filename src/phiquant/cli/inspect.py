@@ -19,7 +19,8 @@ from rich.text import Text
 from phiquant import arch
 from phiquant.cli.quality import quality_rows
 from phiquant.errors import GGUFError, PhiquantError
-from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys, open_model
+from phiquant.gguf import Field, GGMLType, GGUFFile, TensorInfo, open_model
+from phiquant.gguf.describe import file_type_name
 from phiquant.gguf.quality import Quality, standing
 from phiquant.text import Tokenizer
 
@@ -56,7 +57,7 @@ def _document(gguf: GGUFFile) -> dict[str, Any]:
         "alignment": gguf.alignment,
         "data_offset": gguf.data_offset,
         "parts": [{"path": str(part.path), "size": part.size, "tensors": len(part.tensors)} for part in gguf.parts],
-        "file_type": _file_type(gguf),
+        "file_type": file_type_name(gguf),
         "assumptions": _assumptions(gguf),
         "quality": _quality_document(gguf),
         "metadata": {key: _field(field) for key, field in gguf.fields.items()},
@@ -109,14 +110,6 @@ def _by_type(gguf: GGUFFile) -> list[tuple[GGMLType, list[TensorInfo]]]:
     return [(kind, [i for i in gguf.tensors.values() if i.type is kind]) for kind, _ in bytes_of.most_common()]
 
 
-def _file_type(gguf: GGUFFile) -> str | None:
-    number = gguf.fields.get(keys.FILE_TYPE)
-    if number is None or number.type not in (ValueType.UINT32, ValueType.INT32):
-        return None
-    known = FileType.__members__.values()
-    return next((kind.name for kind in known if kind == number.value), f"unknown ({number.value})")
-
-
 def _assumptions(gguf: GGUFFile) -> list[str]:
     """Of model and vocabulary; nothing of what does not run here, which is no reason not to show the file."""
     found: list[str] = []
@@ -138,7 +131,7 @@ def _print(gguf: GGUFFile) -> None:
     if len(gguf.parts) > 1:
         shown = [f"{part.path.name}: {len(part.tensors)} tensors, {part.size:,} bytes" for part in gguf.parts]
         header.add_row("parts", _safe("\n".join(shown), keep="\n"))
-    header.add_row("file type", _file_type(gguf) or "not stated")
+    header.add_row("file type", file_type_name(gguf) or "not stated")
     for assumption in _assumptions(gguf):
         header.add_row("assumed", _safe(assumption))
     console.print(header)

@@ -17,13 +17,23 @@ WINDOW = 512
 
 @contextmanager
 def reading_model(
-    path: Path, size: int, notices: Notices, *, batch: int = BATCH, threads: int = 0, cache_type: str = "f16"
+    path: Path,
+    size: int,
+    notices: Notices,
+    *,
+    batch: int = BATCH,
+    room: int = 0,
+    threads: int = 0,
+    cache_type: str = "f16",
 ) -> Iterator[LLM]:
-    """The model, with room for the windows of `size` tokens that a batch holds; RequestError if they are too long."""
+    """The model, with room for the windows of `size` tokens that a batch holds; RequestError if they are too long.
+
+    `room`: tokens that a text must have room for, if the model can, besides windows.
+    """
     parallel = max(1, batch // size)
     with LLM.load(
         path,
-        context=size,
+        context=max(size, room),
         batch=min(batch, parallel * size),
         parallel=parallel,
         threads=threads,

@@ -95,7 +95,7 @@ def measured(
         reading_model(reference, size, notices, threads=threads, cache_type=cache_type) as base,
         reading_model(file, size, notices, threads=threads, cache_type=cache_type) as model,
     ):
-        check_vocabularies(model, base, (str(file), str(reference)))
+        check_vocabularies(model.tokenizer, base.tokenizer, (str(file), str(reference)))
         if text.held_out:
             first, chunks = held_out(len(base.tokenize(text.text, special=False)), size)
         windows = token_windows(base, text.text, size, first=first, limit=chunks)

@@ -73,7 +73,7 @@ def perplexity(options: PerplexityOptions) -> int:
             )
         if options.base is not None:
             other = stack.enter_context(_loaded(options.base, size, options, notices))
-            check_vocabularies(model, other, (str(options.model), str(options.base)))
+            check_vocabularies(model.tokenizer, other.tokenizer, (str(options.model), str(options.base)))
             blocks = stream(other, (windows.read(window) for window in range(len(windows))), windows)
             base = RowsBase(blocks)
         elif saved is None and options.kl_divergence_base is not None:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ..errors import RequestError
 from ..gguf.quality import Quality, shortened
 from ..llm import LLM
+from ..text import Tokenizer
 from .measure import Done, Measurement, RowsBase, stream
 from .statistics import Comparison
 from .windows import Windows
@@ -31,9 +32,9 @@ def token_windows(model: LLM, text: str, size: int, *, first: int = 0, limit: in
     return Windows.halves(left, size, limit=limit, bos=bos)
 
 
-def check_vocabularies(model: LLM, reference: LLM, names: tuple[str, str]) -> None:
+def check_vocabularies(model: Tokenizer, reference: Tokenizer, names: tuple[str, str]) -> None:
     """RequestError, with the names of both, if they do not predict the same tokens."""
-    if list(model.tokenizer.vocabulary.tokens) != list(reference.tokenizer.vocabulary.tokens):
+    if list(model.vocabulary.tokens) != list(reference.vocabulary.tokens):
         raise RequestError(f"{names[1]} has another vocabulary than {names[0]}; choose another reference")
 
 

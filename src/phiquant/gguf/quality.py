@@ -20,11 +20,12 @@ from typing import Any, Final, Literal, Self
 
 from phiquant.errors import GGUFError
 from phiquant.gguf import keys
-from phiquant.gguf.checksum import DIGITS, PREFIX, Summed, table_hash
+from phiquant.gguf.checksum import DIGITS, PREFIX
+from phiquant.gguf.describe import table_of
 from phiquant.gguf.reader import GGUFFile
 from phiquant.gguf.types import ValueType
 
-__all__ = ["FIGURES", "Quality", "Standing", "is_quality_key", "made_here", "shortened", "standing"]
+__all__ = ["FIGURES", "Quality", "Standing", "is_quality_key", "shortened", "standing"]
 
 Standing = Literal["of this file", "of another file"]
 
@@ -94,22 +95,8 @@ def standing(gguf: GGUFFile) -> Standing:
     """Whose figures a file has, as far as its header tells: names, shapes and types; `verify` reads the weights too."""
     weights = gguf.get(keys.QUALITY_WEIGHTS, str, "")
     checksum = gguf.get(keys.CHECKSUM, str, weights)
-    same = weights.startswith(f"{PREFIX}{_table(gguf)}:") and weights == checksum
+    same = weights.startswith(f"{PREFIX}{table_of(gguf)}:") and weights == checksum
     return "of this file" if same else "of another file"
-
-
-def made_here(gguf: GGUFFile) -> bool:
-    """Whether the file was written by phiquant: its checksum is of these tensors; others copy it to other ones."""
-    checksum = gguf.fields.get(keys.CHECKSUM)
-    return (
-        checksum is not None
-        and isinstance(checksum.value, str)
-        and checksum.value.startswith(f"{PREFIX}{_table(gguf)}:")
-    )
-
-
-def _table(gguf: GGUFFile) -> str:
-    return table_hash([Summed(info.name, info.shape, info.type) for info in gguf.tensors.values()])
 
 
 def _key(name: str) -> str:

@@ -13,7 +13,7 @@ GROUPS = {
     "files": ("convert", "quantize", "split", "merge", "verify", "inspect"),
     "models": ("run", "compare", "bench", "doctor"),
     "serving": ("serve",),
-    "measures": ("imatrix", "perplexity", "measure", "certify"),
+    "measures": ("imatrix", "perplexity", "measure", "report", "certify"),
     "hub": ("pull", "list", "rm"),
 }
 """Which module here declares which verbs; `commands.VERB` imports it, since the others are not needed."""
