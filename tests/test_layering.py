@@ -46,7 +46,7 @@ DIRECT = {
     "server": {"gguf", "engine", "text", "completion", "llm", "async_llm"},
     "eval": {"llm"},
     "bench": {"kernels", "llm"},
-    "report": {"gguf", "quants", "kernels", "text", "llm", "eval"},
+    "report": {"gguf", "quants", "kernels", "convert", "text", "llm", "eval"},
     "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
     "cli": {
         "gguf",

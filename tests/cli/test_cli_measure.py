@@ -23,7 +23,7 @@ from phiquant.convert.verify import verify
 from phiquant.eval.measure import Measurement, RowsBase, stream
 from phiquant.eval.statistics import Comparison
 from phiquant.eval.windows import Windows
-from phiquant.gguf import GGUFFile, GGUFWriter, open_model
+from phiquant.gguf import GGUFFile, GGUFWriter, ValueType, keys, open_model
 from phiquant.gguf.describe import made_here
 from phiquant.gguf.quality import Quality, standing
 
@@ -156,6 +156,19 @@ def test_a_file_that_others_made_stays_theirs(small: Path, original: Path, tmp_p
     assert (verdict.findings, verdict.checksum, verdict.quality) == ([], "none", "matches")
     with GGUFFile.open(theirs) as gguf:
         assert not made_here(gguf)
+    with_copied = tmp_path / "copied.gguf"
+    with GGUFFile.open(theirs) as fields, GGUFFile.open(original) as other, GGUFWriter(with_copied) as writer:
+        for key, field in fields.fields.items():
+            writer.add(key, field.value, field.type, field.item_type)
+        writer.add(keys.CHECKSUM, other.require(keys.CHECKSUM, str), ValueType.STRING)
+        for info in fields.tensors.values():
+            writer.add_tensor(info.name, info.shape, info.type)
+        writer.begin()
+        for name in fields.tensors:
+            writer.write(name, fields.data(name))
+        writer.commit()
+    assert recorded(with_copied) == recorded(theirs), "a checksum of the F16 file, copied along, does not disturb"
+    assert verify(with_copied).checksum == "of another file"
     damaged = bytearray(theirs.read_bytes())
     damaged[-40] ^= 1
     theirs.write_bytes(damaged)

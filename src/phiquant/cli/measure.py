@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from phiquant.gguf.quality import Quality
 from phiquant.hub import Reference
 
 __all__ = ["MeasureOptions", "measure"]
+
+_UNSEEN_WIDTH = 160  # columns when the output goes to a file or a pipe
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,12 @@ def measure(options: MeasureOptions) -> int:
         print(json.dumps(document, ensure_ascii=False, indent=2))
         return 0
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     for name, value in quality_rows(quality):
         table.add_row(name, printable(value))
-    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(table)
+    width = None if sys.stdout.isatty() else _UNSEEN_WIDTH
+    Console(highlight=False, markup=False, emoji=False, width=width).print(table)
     if recorded and not options.quiet:
         print(f"{options.outfile or path}: the figures are recorded")
     return 0

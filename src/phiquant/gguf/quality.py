@@ -93,9 +93,10 @@ def is_quality_key(key: str) -> bool:
 
 def standing(gguf: GGUFFile) -> Standing:
     """Whose figures a file has, as far as its header tells: names, shapes and types; `verify` reads the weights too."""
-    weights = gguf.get(keys.QUALITY_WEIGHTS, str, "")
-    checksum = gguf.get(keys.CHECKSUM, str, weights)
-    same = weights.startswith(f"{PREFIX}{table_of(gguf)}:") and weights == checksum
+    weights, own = gguf.get(keys.QUALITY_WEIGHTS, str, ""), f"{PREFIX}{table_of(gguf)}:"
+    checksum = gguf.get(keys.CHECKSUM, str, "")
+    # A checksum of another table is one that was copied itself, and says nothing.
+    same = weights.startswith(own) and (weights == checksum or not checksum.startswith(own))
     return "of this file" if same else "of another file"
 
 

@@ -68,8 +68,8 @@ def _opening(report: Report, title: str) -> Markup:
         f"tokens; the second half of each is scored, {reference.perplexity.tokens:,} positions in all."
     )
     kept = (
-        "The reference's log-probabilities were kept in 16 bits, so that a divergence below about 1e-6 cannot be told "
-        "from none."
+        "The reference's log-probabilities were kept in 16 bits, as llama-perplexity keeps them: a divergence is right "
+        "to a few millionths."
     )
     parts: list[Child] = [
         element("h1", f"{title}: size and quality"),
