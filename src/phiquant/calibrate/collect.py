@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from phiquant import arch
 from phiquant.arch import names
-from phiquant.calibrate.held_out import held_out
 from phiquant.calibrate.observe import observe
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Statistic
 from phiquant.errors import RequestError
@@ -62,7 +61,6 @@ class Calibration:
         context: tokens of a chunk.
         skip: leave out this many chunks at the beginning.
         chunks: read at most this many; None for all.
-        hold_out: leave out the end of the text, as `held_out` says, for measuring.
         process_output: observe output.weight too. A model without one (its embedding is used instead) has nothing more
             to observe.
         parse_special: special tokens in the text are tokens, not text.
@@ -90,7 +88,6 @@ class Calibration:
         context: int = DEFAULT_CHUNK_SIZE,
         skip: int = 0,
         chunks: int | None = None,
-        hold_out: bool = False,
         process_output: bool = False,
         parse_special: bool = False,
         perplexity: bool = True,
@@ -116,8 +113,6 @@ class Calibration:
             tokenizer = Tokenizer.from_gguf(self._gguf)
             self._bos = tokenizer.bos_id if tokenizer.add_bos else None
             ids = np.array(tokenizer.encode(text, special=parse_special), np.int32)
-            if hold_out:
-                ids = ids[: held_out(len(ids), context)[0] * context]
             self._chunks = _cut(ids, context, skip, chunks)
             self.total = len(self._chunks)
             wanted = {names.OUTPUT} if process_output else set[str]()

@@ -22,11 +22,11 @@ def calibrated_importance(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    hold_out: bool = False,
+    tokens: int | None = None,
     threads: int = 0,
     quiet: bool = False,
 ) -> Importance:
-    """Run the original on a text, with `hold_out` without its end, and keep what matters to it.
+    """Run the original on a text, or its first `tokens`, and keep what matters to it.
 
     Errors as for `Calibration`, `Importance.chosen` and `Original.path`.
     """
@@ -36,7 +36,7 @@ def calibrated_importance(
         Calibration(
             original.path(),
             read,
-            hold_out=hold_out,
+            chunks=None if tokens is None else max(1, tokens // DEFAULT_CHUNK_SIZE),
             perplexity=False,
             dataset=str(text),
             threads=threads,

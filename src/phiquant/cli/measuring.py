@@ -49,18 +49,22 @@ class MeasureText:
         """The place for what will be measured."""
         return Quality.unknown(text_sha256=self.sha256, reference=reference, method=self.method)
 
-    def check(self, reference: Path) -> None:
-        """RequestError if the text is too short, before anything is done that takes long."""
+    def check(self, reference: Path) -> int | None:
+        """How many of its first tokens a calibration may read, None for all of what is not measured on.
+
+        RequestError if it is too short, before anything is done that takes long.
+        """
         with open_model(reference) as opened:
             tokenizer = Tokenizer.from_gguf(opened)
         count = len(tokenizer.encode(self.text, special=False))
         if self.held_out:
-            held_out(count, WINDOW)
-        elif count < 2 * WINDOW:
+            return held_out(count, WINDOW)[0] * WINDOW
+        if count < 2 * WINDOW:
             raise RequestError(
                 f"{self.path} has {count} tokens and must have at least {2 * WINDOW} to be measured on; "
                 "give a longer text"
             )
+        return None
 
 
 def measured(

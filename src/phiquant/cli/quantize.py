@@ -110,10 +110,11 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
             return 0
         with Original(source, first.path.absolute().parent, threads=parsed.threads) as original:
             _check_calibration(first, options)
+            tokens = None
             if text is not None:
                 check_space(first.path, first.size)
-                text.check(original.path())
-            plan = _calibrated(first, original, options, parsed.threads, planned)
+                tokens = text.check(original.path())
+            plan = _calibrated(first, original, options, parsed.threads, tokens, planned)
             with ConversionBar(quiet=options.quiet) as bar:
 
                 def measure(file: Path) -> Quality:
@@ -223,9 +224,10 @@ def _calibrated(
     original: Original,
     options: QuantizeOptions,
     threads: int,
+    tokens: int | None,
     planned: Callable[[Importance | None], Plan],
 ) -> Plan:
-    """The plan with the importance that --calibrate collects."""
+    """The plan with the importance that --calibrate collects, of the first `tokens` of the text or of all."""
     text = options.calibrate
     if text is None:
         return plan
@@ -237,7 +239,7 @@ def _calibrated(
             text,
             include=options.include_weights,
             exclude=options.exclude_weights,
-            hold_out=plan.quality is not None and options.measure_text is None,
+            tokens=tokens,
             threads=threads,
             quiet=options.quiet,
         )
