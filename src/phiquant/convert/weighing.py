@@ -16,7 +16,15 @@ from phiquant.convert.recipes import PlannedTensor
 from phiquant.errors import ImportanceError, RequestError
 from phiquant.gguf import keys
 
-__all__ = ["Importance", "importance_entries", "missing_importance", "partial_run", "weigh"]
+__all__ = [
+    "Calibrated",
+    "Importance",
+    "importance_entries",
+    "mark_calibrated",
+    "missing_importance",
+    "partial_run",
+    "weigh",
+]
 
 _MAX_TEXT = 127  # bytes that llama-quantize records of a name
 
@@ -56,6 +64,52 @@ class Importance:
         if not kept.entries:
             raise RequestError(f"--exclude-weights leaves no entry of {origin}; quantize without importance instead.")
         return cls(kept, origin)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """That weights are made of what a model computes on a text: which, and what the file says of it.
+
+    `origin`: the text; `include`, `exclude`: parts of names as for `Importance.chosen`; `remarks`: for the user.
+    """
+
+    origin: str
+    entries: Sequence[Entry]
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+    def wanted(self, name: str) -> bool:
+        """Whether a weight of this name is: one of a block, or the output, if it is chosen."""
+        return (
+            (name.startswith("blk.") or name == "output.weight")
+            and (not self.include or any(part in name for part in self.include))
+            and not any(part in name for part in self.exclude)
+        )
+
+
+def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) -> list[PlannedTensor]:
+    """Mark the weights of a plan that are quantized and wanted; RequestError if there is none."""
+    if calibrated.include and calibrated.exclude:
+        raise RequestError("--include-weights and --exclude-weights cannot be used together.")
+    marked = [
+        replace(
+            tensor,
+            calibrated=tensor.type.is_quantized
+            and tensor.type is not tensor.source
+            and calibrated.wanted(tensor.source_name),
+        )
+        for tensor in planned
+    ]
+    if not any(tensor.calibrated for tensor in marked):
+        raise RequestError(
+            f"--calibrate {calibrated.origin}: no weight of this file would be quantized by it; leave the option out."
+        )
+    for option, parts in (("--include-weights", calibrated.include), ("--exclude-weights", calibrated.exclude)):
+        for part in parts:
+            if not any(part in tensor.source_name for tensor in marked):
+                raise RequestError(f"{option} {part}: no weight has this in its name; names are like {marked[-1].name}.")
+    return marked
 
 
 def weigh(
@@ -142,7 +196,7 @@ def missing_importance(
     `model`: the source, to be named in the command that makes a matrix; `origin`: the matrix, if there is one.
     """
     for tensor in planned:
-        if tensor.importance is None and tensor.type is not tensor.source:
+        if tensor.importance is None and not tensor.calibrated and tensor.type is not tensor.source:
             needed = needs_importance(tensor.name, tensor.type, target.file_type)
             if needed or tensor.type in quants.IMPORTANCE_REQUIRED:  # embedding and output too
                 lack = f"{tensor.name} would become {tensor.type.name}, which is useless without an importance matrix"

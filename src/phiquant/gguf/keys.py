@@ -67,6 +67,12 @@ QUANTIZE_IMATRIX_DATASET: Final = "quantize.imatrix.dataset"
 QUANTIZE_IMATRIX_ENTRIES: Final = "quantize.imatrix.entries_count"
 QUANTIZE_IMATRIX_CHUNKS: Final = "quantize.imatrix.chunks_count"
 
+# of a model that was quantized by what it computes on a text: how, how many tokens, which
+QUANTIZE_METHOD: Final = "phiquant.quantize.method"
+QUANTIZE_TOKENS: Final = "phiquant.quantize.tokens"
+QUANTIZE_DATASET: Final = "phiquant.quantize.dataset"
+QUANTIZE_DATASET_HASH: Final = "phiquant.quantize.dataset_hash"
+
 # tokenizer
 TOKENIZER_MODEL: Final = "tokenizer.ggml.model"
 TOKENIZER_PRE: Final = "tokenizer.ggml.pre"
