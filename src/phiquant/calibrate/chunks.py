@@ -49,8 +49,8 @@ class Chunks:
         share = len(ids) / max(len(text.encode()), 1)
         if len(ids) >= context and share > _FOREIGN:
             raise RequestError(
-                f"{dataset} has {share:.2f} tokens for each byte: the model's vocabulary does not know this text, so it "
-                "is no prose or code that the model could read; calibrate with text like what it will be used for"
+                f"{dataset} has {share:.2f} tokens for each byte: the model's vocabulary does not know this text, so "
+                "it is no prose or code that the model could read; calibrate with text like what it will be used for"
             )
         remarks = []
         if share > _UNUSUAL:
@@ -71,7 +71,7 @@ class Chunks:
     @property
     def context(self) -> int:
         """Tokens of a chunk."""
-        return self.ids.shape[1]
+        return int(self.ids.shape[1])
 
     @property
     def digest(self) -> str:

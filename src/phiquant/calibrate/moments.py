@@ -51,15 +51,16 @@ class Moments:
 
     def of(self, matrix: int) -> Floats:
         """Those of one matrix [columns, columns]; of experts with `FLOOR` tokens of the average in it."""
-        if len(self.counts) == 1:
-            return self.sums[0]
-        total = int(self.counts.sum())
-        return self.sums[matrix] + self.sums.sum(axis=0) * np.float32(FLOOR / max(total, 1))
+        mine: Floats = self.sums[matrix]
+        if len(self.counts) > 1:
+            mine = mine + self.sums.sum(axis=0) * np.float32(FLOOR / max(int(self.counts.sum()), 1))
+        return mine
 
     def importance(self, matrix: int) -> Floats:
         """Mean squares of the columns [columns], as an importance matrix has them."""
         count = int(self.counts[matrix]) + (FLOOR if len(self.counts) > 1 else 0)
-        return np.ascontiguousarray(np.diagonal(self.of(matrix)) / np.float32(max(count, 1)))
+        squares: Floats = np.diagonal(self.of(matrix)) / np.float32(max(count, 1))
+        return squares
 
     def check(self, name: str) -> None:
         """WeightsError if something that is not a number came by; `name` of a matrix."""

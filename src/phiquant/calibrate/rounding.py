@@ -20,7 +20,9 @@ __all__ = ["made_of"]
 _FLOATS: Final = 1 << 24  # weights that are widened at a time
 
 
-def made_of(weights: Mapping[str, Weight], tensors: Mapping[str, PlannedTensor], moments: Moments, threads: int) -> dict[str, Weight]:
+def made_of(
+    weights: Mapping[str, Weight], tensors: Mapping[str, PlannedTensor], moments: Moments, threads: int
+) -> dict[str, Weight]:
     """Weights that read the same rows, of which there are these moments, in the types that a plan has for them.
 
     Both are by the source's names. WeightsError names the tensor that holds NaN, infinity or too large values.

@@ -1,7 +1,7 @@
 """A recorded model cut where only the residual stream connects what comes before with what comes after.
 
-Most blocks become two stages, attention and feed-forward network; one in which both read the same norm becomes one. What
-follows the last block is a stage of its own, `layer` None, that makes logits.
+Most blocks become two stages, attention and feed-forward network; one in which both read the same norm becomes one.
+What follows the last block is a stage of its own, `layer` None, that makes logits.
 
     Embed -> x | norm, q, k, v, attention, output -> x | norm, up, down -> x | ... | select, norm, output -> logits
 

@@ -53,7 +53,11 @@ class Stream:
         return self._observed(self._stages.until, stage, groups, made, None, read)
 
     def advance(
-        self, stage: Stage, made: dict[str, Weight], groups: Sequence[Group] = (), read: Callable[[int], None] | None = None
+        self,
+        stage: Stage,
+        made: dict[str, Weight],
+        groups: Sequence[Group] = (),
+        read: Callable[[int], None] | None = None,
     ) -> list[Moments]:
         """Bring the stream through a stage, with the weights `made`; moments of groups on the way, if there are."""
         return self._observed(self._stages.whole, stage, groups, made, self.rows, read)

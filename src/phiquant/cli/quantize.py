@@ -1,8 +1,10 @@
 """`phiquant quantize IN [OUT] TYPE [NTHREADS]`: a GGUF file, checkpoint or repository to GGUF of another type."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
 from phiquant.cli.models import fetched, source_of
@@ -11,13 +13,18 @@ from phiquant.convert.overrides import parse_override
 from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
 from phiquant.convert.plan import Plan, plan_quantize
 from phiquant.convert.prune import parse_layers
-from phiquant.convert.run import execute
+from phiquant.convert.run import Maker, execute
 from phiquant.convert.source import Source, open_source
+from phiquant.convert.weighing import Calibrated
 from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGMLType
 from phiquant.gguf.output import check_space
 
-__all__ = ["Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
+__all__ = ["DEFAULT_TOKENS", "METHODS", "Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
+
+METHODS: Final = ("feedback", "imatrix", "plain")
+DEFAULT_TOKENS: Final = 16_384
+"""Tokens of a text that error feedback reads, if it has as many."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,9 @@ class QuantizeOptions:
     tensor_type_file: Path | None = None
     imatrix: Path | None = None
     calibrate: Path | None = None
+    method: str | None = None
+    calibration_tokens: int | None = None
+    statistics: Path | None = None
     include_weights: Sequence[str] = ()
     exclude_weights: Sequence[str] = ()
     prune_layers: str | None = None
@@ -69,15 +79,15 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
         leave_output_tensor=options.leave_output_tensor,
     )
     overrides = [parse_override(text) for text in options.override_kv]
-    _check_importance(options)
+    method = _method(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     if repository is None:
         model: str | Path = source_of(parsed.model, quiet=options.quiet)
     else:
         model = fetched(repository, quiet=options.quiet)
-    with open_source(model, quiet=options.quiet) as source:
+    with open_source(model, quiet=options.quiet) as source, ExitStack() as stack:
 
-        def planned(importance: Importance | None) -> Plan:
+        def planned(importance: Importance | None, calibrated: Calibrated | None = None) -> Plan:
             plan = plan_quantize(
                 source,
                 parsed.target,
@@ -86,12 +96,16 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 overrides=overrides,
                 allow_requantize=options.allow_requantize,
                 importance=importance,
+                calibrated=calibrated,
                 prune=prune,
                 dry_run=options.dry_run,
             )
             return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
 
-        if options.calibrate is not None:
+        maker: Maker | None = None
+        if method == "feedback":
+            plan, maker = _fed_back(source, options, parsed.threads, planned, stack)
+        elif method == "imatrix" and options.calibrate is not None:
             plan = _calibrated(source, options.calibrate, options, parsed.threads, planned)
         else:
             plan = planned(None if options.imatrix is None else _opened(options.imatrix, options))
@@ -106,6 +120,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 resume=options.resume,
                 max_memory=options.max_memory,
                 progress=bar,
+                maker=maker,
             )
     if not options.quiet:
         print_report(report)
@@ -135,16 +150,31 @@ def _names_a_type(text: str) -> bool:
     return True
 
 
-def _check_importance(options: QuantizeOptions) -> None:
-    """Before anything is read: what the options say of importance makes sense."""
-    if options.imatrix is not None and options.calibrate is not None:
+def _method(options: QuantizeOptions) -> str:
+    """How weights are rounded, once what the options say of it makes sense; nothing has been read yet."""
+    text, reads = options.calibrate, options.calibrate is not None or options.statistics is not None
+    method = options.method or ("feedback" if reads else "imatrix" if options.imatrix is not None else "plain")
+    if method not in METHODS:
+        raise RequestError(f"--method is {', '.join(METHODS[:-1])} or {METHODS[-1]}, not {method!r}.")
+    if options.imatrix is not None and reads:
         raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
-    if options.imatrix is None and options.calibrate is None:
+    if options.statistics is not None and method != "feedback":
+        raise RequestError(f"--statistics is for --method feedback, not {method}; leave it out.")
+    if method == "feedback" and not reads:
+        raise RequestError("--method feedback needs a text that the model reads; give one with --calibrate TEXT.")
+    if method == "imatrix" and text is None and options.imatrix is None:
+        raise RequestError("--method imatrix needs --imatrix FILE, or --calibrate TEXT to make one of.")
+    if options.calibration_tokens is not None and (text is None or method == "plain"):
+        raise RequestError("--calibration-tokens counts tokens of a text; give one with --calibrate TEXT.")
+    if method == "plain" or not (reads or options.imatrix):
         for name, given in (("include", options.include_weights), ("exclude", options.exclude_weights)):
             if given:
                 raise RequestError(
                     f"--{name}-weights chooses entries of an importance matrix; pass one with --imatrix."
                 )
+    if method == "plain" and options.imatrix is not None:
+        raise RequestError("--method plain uses no importance matrix; leave out --imatrix or choose another method.")
+    return method
 
 
 def _opened(path: Path, options: QuantizeOptions) -> Importance:
@@ -174,9 +204,41 @@ def _calibrated(
             exclude=exclude,
             folder=plan.path.absolute().parent,
             threads=threads,
+            tokens=options.calibration_tokens,
             quiet=options.quiet,
         )
     )
+
+
+def _fed_back(
+    source: Source,
+    options: QuantizeOptions,
+    threads: int,
+    planned: Callable[[Importance | None, Calibrated | None], Plan],
+    stack: ExitStack,
+) -> tuple[Plan, Maker | None]:
+    """The plan with error feedback, and what makes its weights; whatever would be refused late is refused before."""
+    from phiquant.cli import calibration
+
+    text, include, exclude = options.calibrate, options.include_weights, options.exclude_weights
+    plan = planned(None, calibration.assumed_calibration(text, options.statistics, include=include, exclude=exclude))
+    if options.dry_run:
+        return plan, None
+    check_space(plan.path, plan.size)
+    calibrated, maker = stack.enter_context(
+        calibration.feedback(
+            source,
+            text,
+            tokens=DEFAULT_TOKENS if options.calibration_tokens is None else options.calibration_tokens,
+            statistics=options.statistics,
+            include=include,
+            exclude=exclude,
+            folder=plan.path.absolute().parent,
+            threads=threads,
+            quiet=options.quiet,
+        )
+    )
+    return planned(None, calibrated), maker
 
 
 def _listed_types(path: Path | None) -> list[str]:

@@ -177,9 +177,10 @@ def plan_quantize(
 ) -> Plan:
     """Plan `phiquant quantize`. A checkpoint is planned as if it had been converted without loss first.
 
-    `prune`: layers to leave out; `calibrated`: instead of `importance`, that a `Maker` makes the weights. What `execute` could not do well is refused (RequestError for weights that need
-    importance and have none, WeightsError for those that are quantized already, ImportanceError for a matrix that does
-    not fit); with `dry_run` the first becomes a remark.
+    `prune`: layers to leave out; `calibrated`: instead of `importance`, that a `Maker` makes the weights. What
+    `execute` could not do well is refused (RequestError for weights that need importance and have none, WeightsError
+    for those that are quantized already, ImportanceError for a matrix that does not fit); with `dry_run` the first
+    becomes a remark.
     """
     origin = str(source.files[0])
     check_options(target, options)
@@ -206,8 +207,9 @@ def plan_quantize(
         planned, remarks = weigh(planned, importance, (tensor.name for tensor in source.tensors))
         entries = apply_overrides(entries, importance_entries(importance))
     if calibrated is not None:
-        planned = mark_calibrated(planned, calibrated)
-        entries, remarks = apply_overrides(entries, calibrated.entries), [*calibrated.remarks]
+        planned, remarks = mark_calibrated(planned, calibrated)
+        remarks = [*calibrated.remarks, *remarks]
+        entries = apply_overrides(entries, calibrated.entries)
     with_matrix = calibrated.origin if calibrated else importance.origin if importance else None
     refusal = missing_importance(planned, target, _model_for_imatrix(source), with_matrix)
     if refusal is not None:

@@ -1,6 +1,7 @@
 """Importance in a quantization: which weights it reaches, what is refused without it, what the file says of it."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from phiquant.convert.mixture import is_embedding, needs_importance
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.errors import ImportanceError, RequestError
 from phiquant.gguf import keys
+from phiquant.kernels.feedback import SUPPORTED
 
 __all__ = [
     "Calibrated",
@@ -88,28 +90,37 @@ class Calibrated:
         )
 
 
-def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) -> list[PlannedTensor]:
-    """Mark the weights of a plan that are quantized and wanted; RequestError if there is none."""
+def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) -> tuple[list[PlannedTensor], list[str]]:
+    """Mark the weights of a plan that are quantized and wanted, and say what the user should know of it.
+
+    RequestError if calibration changes none of them.
+    """
     if calibrated.include and calibrated.exclude:
         raise RequestError("--include-weights and --exclude-weights cannot be used together.")
-    marked = [
-        replace(
-            tensor,
-            calibrated=tensor.type.is_quantized
-            and tensor.type is not tensor.source
-            and calibrated.wanted(tensor.source_name),
-        )
-        for tensor in planned
-    ]
-    if not any(tensor.calibrated for tensor in marked):
-        raise RequestError(
-            f"--calibrate {calibrated.origin}: no weight of this file would be quantized by it; leave the option out."
-        )
     for option, parts in (("--include-weights", calibrated.include), ("--exclude-weights", calibrated.exclude)):
         for part in parts:
-            if not any(part in tensor.source_name for tensor in marked):
-                raise RequestError(f"{option} {part}: no weight has this in its name; names are like {marked[-1].name}.")
-    return marked
+            if not any(part in tensor.source_name for tensor in planned):
+                example = planned[-1].source_name
+                raise RequestError(f"{option} {part}: no weight has this in its name; names are like {example}.")
+    marked = []
+    for tensor in planned:
+        changes = tensor.type.is_quantized and tensor.type is not tensor.source
+        marked.append(replace(tensor, calibrated=changes and calibrated.wanted(tensor.source_name)))
+    if not any(t.calibrated and (t.type in SUPPORTED or t.type not in quants.IMPORTANCE_IGNORED) for t in marked):
+        raise RequestError(
+            f"--calibrate {calibrated.origin}: no weight of this file would be rounded by it; leave the option out."
+        )
+    return marked, _ways(marked)
+
+
+def _ways(marked: Iterable[PlannedTensor]) -> list[str]:
+    """Notes on the types that error feedback does not make."""
+    others = Counter(t.type for t in marked if t.calibrated and t.type not in SUPPORTED)
+    return [
+        f"{count} weights become {type.name}, which is not made by error feedback: they are "
+        + ("rounded as without calibration" if type in quants.IMPORTANCE_IGNORED else "weighed by importance instead")
+        for type, count in others.items()
+    ]
 
 
 def weigh(

@@ -72,6 +72,15 @@ QUANTIZE_METHOD: Final = "phiquant.quantize.method"
 QUANTIZE_TOKENS: Final = "phiquant.quantize.tokens"
 QUANTIZE_DATASET: Final = "phiquant.quantize.dataset"
 QUANTIZE_DATASET_HASH: Final = "phiquant.quantize.dataset_hash"
+QUANTIZE_STATISTICS: Final = "phiquant.quantize.statistics"
+
+# files of statistics: of which model, which of its weights share an entry, and the text
+STATISTICS_MODEL: Final = "phiquant.statistics.model"
+STATISTICS_WEIGHTS: Final = "phiquant.statistics.weights"
+STATISTICS_TOKENS: Final = "phiquant.statistics.tokens"
+STATISTICS_CONTEXT: Final = "phiquant.statistics.context"
+STATISTICS_DATASET: Final = "phiquant.statistics.dataset"
+STATISTICS_DATASET_HASH: Final = "phiquant.statistics.dataset_hash"
 
 # tokenizer
 TOKENIZER_MODEL: Final = "tokenizer.ggml.model"
