@@ -43,6 +43,7 @@ class Stepped:
     Attributes:
         low, top: least and largest entry, of those that follow one another.
         stored: what is added to an entry to store it.
+        unit: elements that have one scale.
         table: where the entries are those of a table, by the level stored; then `low` and `top` are of levels.
         grid: reads scales and offsets out of blocks.
     """
@@ -50,6 +51,7 @@ class Stepped:
     low: int
     top: int
     stored: int
+    unit: int
     grid: Callable[[Blocks], Grid]
     table: Table | None = None
 
@@ -90,18 +92,18 @@ def _iq4_xs(blocks: Blocks) -> Grid:
 _whole = partial(_one_scale, parts=1)
 
 STEPPED: dict[GGMLType, Stepped] = {
-    GGMLType.Q4_0: Stepped(-8, 7, 8, _whole),
-    GGMLType.Q4_1: Stepped(0, 15, 0, _whole),
-    GGMLType.Q5_0: Stepped(-16, 15, 16, _whole),
-    GGMLType.Q5_1: Stepped(0, 31, 0, _whole),
-    GGMLType.Q8_0: Stepped(-127, 127, 0, _whole),
-    GGMLType.Q2_K: Stepped(0, 3, 0, _pairs),
-    GGMLType.Q3_K: Stepped(-4, 3, 4, _signed),
-    GGMLType.Q4_K: Stepped(0, 15, 0, _pairs),
-    GGMLType.Q5_K: Stepped(0, 31, 0, _pairs),
-    GGMLType.Q6_K: Stepped(-32, 31, 32, _signed),
-    GGMLType.IQ4_NL: Stepped(0, 15, 0, _whole, IQ4_TABLE),
-    GGMLType.IQ4_XS: Stepped(0, 15, 0, _iq4_xs, IQ4_TABLE),
+    GGMLType.Q4_0: Stepped(-8, 7, 8, 32, _whole),
+    GGMLType.Q4_1: Stepped(0, 15, 0, 32, _whole),
+    GGMLType.Q5_0: Stepped(-16, 15, 16, 32, _whole),
+    GGMLType.Q5_1: Stepped(0, 31, 0, 32, _whole),
+    GGMLType.Q8_0: Stepped(-127, 127, 0, 32, _whole),
+    GGMLType.Q2_K: Stepped(0, 3, 0, 16, _pairs),
+    GGMLType.Q3_K: Stepped(-4, 3, 4, 16, _signed),
+    GGMLType.Q4_K: Stepped(0, 15, 0, 32, _pairs),
+    GGMLType.Q5_K: Stepped(0, 31, 0, 32, _pairs),
+    GGMLType.Q6_K: Stepped(-32, 31, 32, 16, _signed),
+    GGMLType.IQ4_NL: Stepped(0, 15, 0, 32, _whole, IQ4_TABLE),
+    GGMLType.IQ4_XS: Stepped(0, 15, 0, 32, _iq4_xs, IQ4_TABLE),
 }
 """Formats that are rounded column by column."""
 
