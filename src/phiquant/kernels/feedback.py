@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu.feedback_product import ROWS
 from phiquant.kernels.cpu.team import available_threads
-from phiquant.kernels.feedback_slab import PANELS, Slab
+from phiquant.kernels.feedback_slab import PANELS, Corner, Inner, Slab
 from phiquant.quants.feedback import STEPPED
 
 __all__ = ["DAMPING", "SUPPORTED", "Factor", "factorize", "feedback_rows"]
@@ -49,6 +50,20 @@ class Factor:
     unit: Floats
     variances: Floats
     moments: Floats
+
+    @cached_property
+    def corners(self) -> tuple[Corner, ...]:
+        """Of the moments, for every 256 columns."""
+        return tuple(Corner.of(self.moments[at, at]) for at in _blocks(len(self.unit)))
+
+    @cached_property
+    def inner(self) -> tuple[Inner, ...]:
+        """Of the factors, for every 256 columns."""
+        return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in _blocks(len(self.unit)))
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + _WIDTH, n)) for start in range(0, n, _WIDTH)]
 
 
 def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPING) -> Factor:
@@ -86,7 +101,9 @@ def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPIN
     return Factor(unit, np.ascontiguousarray(scale * scale, np.float32), scaled.astype(np.float32))
 
 
-def feedback_rows(x: Floats, type: GGMLType, factor: Factor, *, threads: int = 0, sweeps: int = 1) -> Bytes:
+def feedback_rows(
+    x: Floats, type: GGMLType, factor: Factor, *, threads: int = 0, rounds: int = 1, sweeps: int = 1
+) -> Bytes:
     """Rows of weights as blocks of `type`, chosen for the least error of the products with inputs of these moments.
 
     Args:
@@ -117,16 +134,15 @@ def feedback_rows(x: Floats, type: GGMLType, factor: Factor, *, threads: int = 0
         raise WeightsError(f"row {int(finite.argmin())} of the weights holds NaN or infinity; repair it")
     if not x.size:
         return np.empty((rows, type.row_bytes(n)), np.uint8)
-    inverse = np.reciprocal(np.diagonal(factor.moments))
-    step = ROWS * PANELS
+    step, starts = ROWS * PANELS, range(0, n, _WIDTH)
 
     def work(first: int) -> Bytes:
         slab = Slab(x[first : first + step], type)
-        for start in range(0, n, _WIDTH):
-            slab.begin(start, min(_WIDTH, n - start), factor.unit, factor.variances)
+        for start, inner in zip(starts, factor.inner, strict=True):
+            slab.begin(start, factor.unit, inner, rounds)
         for _ in range(sweeps):
-            for start in range(0, n, _WIDTH):
-                slab.again(start, min(_WIDTH, n - start), factor.moments, inverse)
+            for start, corner in zip(starts, factor.corners, strict=True):
+                slab.again(start, factor.moments, corner)
         return slab.bytes()
 
     with ThreadPoolExecutor(min(threads or available_threads(), -(-rows // step))) as pool:

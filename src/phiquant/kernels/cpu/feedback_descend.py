@@ -32,9 +32,9 @@ DESCEND = (
     "now", "entries", "errors", "wide", "gradient", "moves", "narrow", "scale", "offset", "scales",
     "matrix", "stride", "inverse", "width", "panels",
 )  # fmt: skip
-"""Arguments of the kernel: addresses of the block's columns in the arrays of a slab (`now`, `entries`, `errors`: panels
-`wide` bytes apart; `gradient`, `moves`: `narrow`; `scale`, `offset`: `scales`), the matrix from the block's diagonal on,
-the inverses of that, the block's width and the number of panels."""
+"""Arguments of the kernel: addresses of the block's columns in the arrays of a slab (`now`, `entries`, `errors`:
+panels `wide` bytes apart; `gradient`, `moves`: `narrow`; `scale`, `offset`: `scales`), the matrix from the block's
+diagonal on, the inverses of that, the block's width and the number of panels."""
 
 
 @dataclass(frozen=True)

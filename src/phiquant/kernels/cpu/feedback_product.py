@@ -1,8 +1,8 @@
 """Products of panels with a square matrix, and what the kernels of error feedback share.
 
-A panel is 64 rows of weights: [columns][64 rows], so that a lane is a row and all that is done to one column of a row is
-done to it alone. A slab is some panels, one after the other. Every sum runs over the columns in their order, whatever
-the number of panels and threads: the bits of a row depend on nothing but the row.
+A panel is 64 rows of weights: [columns][64 rows], so that a lane is a row. A slab is some panels, one after
+the other. Every sum runs over the columns in their order, whatever the number of panels and threads: the bits of a row
+depend on nothing but the row.
 """
 
 from __future__ import annotations
