@@ -6,18 +6,20 @@ result is made of the same blocks as any other, for any reader.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from phiquant import quants
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.quantize import quantize_rows
-from phiquant.quants.block import join
-from phiquant.quants.feedback import STEPPED, round_columns
+from phiquant.kernels.cpu.feedback_product import ROWS
+from phiquant.kernels.cpu.team import available_threads
+from phiquant.kernels.feedback_slab import PANELS, Corner, Inner, Slab
+from phiquant.quants.feedback import STEPPED
 
 __all__ = ["DAMPING", "SUPPORTED", "Factor", "factorize", "feedback_rows"]
 
@@ -27,21 +29,41 @@ Bytes = npt.NDArray[np.uint8]
 SUPPORTED: frozenset[GGMLType] = frozenset(STEPPED)
 """Types that `feedback_rows` writes."""
 
-DAMPING = 0.01
-"""What is added to the diagonal of the moments, as a part of its mean."""
+DAMPING = 0.1
+"""What is added to the diagonal of the moments for the first sweep, as a part of its mean. Errors are carried less far
+with more of it; the sweeps after the first use a tenth of it and lose nothing.
+"""
+
+_WIDTH = 256  # columns that are chosen together
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Moments H of a matrix's inputs, damped, as unit diag(variances) unit^T.
+    """Moments of a matrix's inputs, scaled so that the mean of their diagonal is 1.
 
     Attributes:
         unit: float32 [n, n], upper triangular with ones on the diagonal.
-        variances: float32 [n], positive; scaled so that the mean of H's diagonal is 1.
+        variances: float32 [n], positive: unit diag(variances) unit^T are the damped moments.
+        moments: float32 [n, n], damped by a tenth as much.
     """
 
     unit: Floats
     variances: Floats
+    moments: Floats
+
+    @cached_property
+    def corners(self) -> tuple[Corner, ...]:
+        """Of the moments, for every 256 columns."""
+        return tuple(Corner.of(self.moments[at, at]) for at in _blocks(len(self.unit)))
+
+    @cached_property
+    def inner(self) -> tuple[Inner, ...]:
+        """Of the factors, for every 256 columns."""
+        return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in _blocks(len(self.unit)))
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + _WIDTH, n)) for start in range(0, n, _WIDTH)]
 
 
 def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPING) -> Factor:
@@ -61,12 +83,12 @@ def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPIN
     mean = float(diagonal.mean()) if len(diagonal) else 0.0
     if not (np.isfinite(mean) and np.isfinite(moments).all()) or (diagonal < 0).any():
         raise WeightsError("moments of inputs hold NaN, infinity or negative squares; collect them again")
+    scaled = moments.astype(np.float64) / (mean or 1.0)
+    damping = damping if mean > 0 else 1.0
+    at = np.s_[:: len(scaled) + 1]
     # A Cholesky factor from the last column upwards: of the matrix turned round, turned back.
-    turned = moments[::-1, ::-1].astype(np.float64)
-    if mean > 0:
-        turned /= mean
-    n = len(turned)
-    turned.flat[:: n + 1] += damping if mean > 0 else 1.0
+    turned = np.ascontiguousarray(scaled[::-1, ::-1])
+    turned.flat[at] += damping
     try:
         root = np.linalg.cholesky(turned)[::-1, ::-1]
     except np.linalg.LinAlgError:
@@ -74,10 +96,14 @@ def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPIN
             f"moments of inputs are not those of any inputs even with a damping of {damping:g}; collect them again"
         ) from None
     scale = np.diagonal(root)
-    return Factor(np.ascontiguousarray(root / scale, np.float32), np.ascontiguousarray(scale * scale, np.float32))
+    unit = np.ascontiguousarray(root / scale, np.float32)
+    scaled.flat[at] += damping / 10
+    return Factor(unit, np.ascontiguousarray(scale * scale, np.float32), scaled.astype(np.float32))
 
 
-def feedback_rows(x: Floats, type: GGMLType, factor: Factor, *, threads: int = 0) -> Bytes:
+def feedback_rows(
+    x: Floats, type: GGMLType, factor: Factor, *, threads: int = 0, rounds: int = 1, sweeps: int = 1
+) -> Bytes:
     """Rows of weights as blocks of `type`, chosen for the least error of the products with inputs of these moments.
 
     Args:
@@ -106,17 +132,18 @@ def feedback_rows(x: Floats, type: GGMLType, factor: Factor, *, threads: int = 0
     finite = np.isfinite(x).all(axis=1)
     if not finite.all():
         raise WeightsError(f"row {int(finite.argmin())} of the weights holds NaN or infinity; repair it")
-    out = np.empty((rows, n // type.block_elements, type.block_bytes), np.uint8)
-    entry, how, width = quants.format_of(type), STEPPED[type], type.block_elements
-    errors = np.zeros((rows, n), np.float32)
-    for start in range(0, n, width):
-        columns = slice(start, start + width)
-        targets = x[:, columns] + errors[:, :start] @ factor.unit[:start, columns]
-        data = quantize_rows(targets, GGMLType.F32, type, factor.variances[columns])
-        blocks = data.reshape(-1).view(entry.dtype)
-        levels, errors[:, columns] = round_columns(
-            targets, factor.unit[columns, columns], how.grid(blocks), how, x[:, columns]
-        )
-        join(blocks, entry.planes, levels + how.stored)
-        out[:, start // width] = blocks.view(np.uint8).reshape(rows, -1)
-    return out.reshape(rows, -1)
+    if not x.size:
+        return np.empty((rows, type.row_bytes(n)), np.uint8)
+    step, starts = ROWS * PANELS, range(0, n, _WIDTH)
+
+    def work(first: int) -> Bytes:
+        slab = Slab(x[first : first + step], type)
+        for start, inner in zip(starts, factor.inner, strict=True):
+            slab.begin(start, factor.unit, inner, rounds)
+        for _ in range(sweeps):
+            for start, corner in zip(starts, factor.corners, strict=True):
+                slab.again(start, factor.moments, corner)
+        return slab.bytes()
+
+    with ThreadPoolExecutor(min(threads or available_threads(), -(-rows // step))) as pool:
+        return np.concatenate(list(pool.map(work, range(0, rows, step))))

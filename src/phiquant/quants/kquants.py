@@ -87,7 +87,7 @@ def pack_signed(scales: Bytes) -> Bytes:
     return np.concatenate((low, np.bitwise_or.reduce(tops, axis=1)), axis=1)
 
 
-def _pairs(blocks: Blocks) -> tuple[Bytes, Bytes]:
+def pairs(blocks: Blocks) -> tuple[Bytes, Bytes]:
     """Integer scales and offsets of Q2_K, Q4_K or Q5_K blocks."""
     packed: Bytes = blocks["scales"]
     if packed.shape[1] == 16:
@@ -104,7 +104,7 @@ def signed(blocks: Blocks) -> Levels:
 
 def units(blocks: Blocks) -> tuple[Floats, Floats]:
     """Scale and offset of every sub-block, [n, sub-blocks], as the reader computes them."""
-    scale, offset = _pairs(blocks)
+    scale, offset = pairs(blocks)
     return _float(blocks, "d")[:, None] * scale.astype(np.float32), _float(blocks, "dmin")[:, None] * offset.astype(
         np.float32
     )
