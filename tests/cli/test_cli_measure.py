@@ -175,11 +175,13 @@ def test_a_file_that_others_made_stays_theirs(small: Path, original: Path, tmp_p
     assert verify(theirs).quality == "of another file"
 
 
+@pytest.mark.parametrize("method", ["feedback", "imatrix"])
 def test_quantize_holds_the_end_of_the_text_out_and_measures_on_it(
-    text: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, text: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.gguf"
-    assert run(["quantize", "--calibrate", str(text), str(original), str(out), "Q3_K_S", "-q"]) == 0
+    command = ["quantize", "--method", method, "-q", "--calibrate"]
+    assert run([*command, str(text), str(original), str(out), "Q3_K_S"]) == 0
     found = recorded(out)
     with LLM.load(original, context=512) as llm:
         chunks = len(llm.tokenize(text.read_text("utf-8"), special=False)) // 512
@@ -193,10 +195,13 @@ def test_quantize_holds_the_end_of_the_text_out_and_measures_on_it(
     words = text.read_text("utf-8")
     other.write_text(words[:-2000] + words[:2000], "utf-8")
     second = tmp_path / "second.gguf"
-    assert run(["quantize", "--calibrate", str(other), str(original), str(second), "Q3_K_S", "-q"]) == 0
+    assert run([*command, str(other), str(original), str(second), "Q3_K_S"]) == 0
     with GGUFFile.open(out) as a, GGUFFile.open(second) as b:
         assert all((a.data(name) == b.data(name)).all() for name in a.tensors)
-        assert a.require("quantize.imatrix.chunks_count", int) == first
+        if method == "imatrix":
+            assert a.require("quantize.imatrix.chunks_count", int) == first
+        else:
+            assert a.require("phiquant.quantize.tokens", int) == first * 512
     assert recorded(second).kl_mean != found.kl_mean
     inspect(out, as_json=True)
     shown = json.loads(capsys.readouterr().out)

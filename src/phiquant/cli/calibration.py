@@ -1,19 +1,22 @@
-"""Collecting importance, as `imatrix` and `quantize --calibrate` show it."""
+"""What `quantize --calibrate` does before it writes: importance collected, or a model made ready for error feedback."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from phiquant.calibrate import Calibration
+from phiquant.calibrate import Calibration, Feedback, MomentsFile, feedback_entries
 from phiquant.cli.notices import Notices
 from phiquant.cli.original import Original
 from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.convert import Importance
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Statistic
 from phiquant.convert.source import Source
+from phiquant.convert.weighing import Calibrated
+from phiquant.errors import RequestError
 
-__all__ = ["assumed_importance", "calibrated_importance"]
+__all__ = ["assumed_calibration", "assumed_importance", "calibrated_importance", "feedback"]
 
 
 def calibrated_importance(
@@ -30,8 +33,7 @@ def calibrated_importance(
 
     Errors as for `Calibration`, `Importance.chosen` and `Original.path`.
     """
-    read = text_of(text)
-    notices = Notices(quiet=quiet)
+    read, notices = text_of(text), Notices(quiet=quiet)
     with (
         Calibration(
             original.path(),
@@ -64,3 +66,57 @@ def assumed_importance(
     }
     matrix = ImportanceMatrix(entries, 1, DEFAULT_CHUNK_SIZE, (str(text),))
     return Importance.chosen(matrix, str(text), include, exclude)
+
+
+def assumed_calibration(
+    text: Path | None, statistics: Path | None, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Calibrated:
+    """For a dry run: the plan and its size are those with error feedback from that text, or those statistics."""
+    dataset = str(text)
+    if statistics is not None and statistics.exists():
+        with MomentsFile.open(statistics) as file:
+            dataset = file.dataset
+    named = None if statistics is None else str(statistics)
+    return Calibrated(str(text or statistics), feedback_entries(0, dataset, "0" * 64, named), include, exclude)
+
+
+@contextmanager
+def feedback(
+    original: Original,
+    text: Path | None,
+    *,
+    tokens: int,
+    statistics: Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    threads: int = 0,
+    quiet: bool = False,
+) -> Iterator[tuple[Calibrated, Feedback]]:
+    """The original ready to be rounded for what it computes on a text, and what to plan with.
+
+    With `statistics`, a path: by what the file says, which is made of the text first if there is none. Errors as for
+    `Feedback`, `MomentsFile` and `Original.path`; RequestError if there is neither text nor file.
+    """
+    notices = Notices(quiet=quiet)
+    with ExitStack() as stack:
+        known = statistics is not None and statistics.exists()
+        found = stack.enter_context(MomentsFile.open(statistics)) if statistics is not None and known else None
+        if found is None and text is None:
+            raise RequestError(f"there is no file {statistics} yet; give the text to collect it from with --calibrate.")
+        read = text_of(text) if text is not None and found is None else ""
+        model = original.path()
+        if statistics is not None and found is None:
+            with (
+                Feedback(model, read, dataset=str(text), tokens=tokens, threads=threads, tell=notices.progress) as made,
+                ReadingBar("collecting", 1, quiet=quiet) as bar,
+            ):
+                notices.clear()
+                made.collect(statistics, bar.advanced)
+            found = stack.enter_context(MomentsFile.open(statistics))
+        made = stack.enter_context(
+            Feedback(
+                model, read, dataset=str(text), tokens=tokens, statistics=found, threads=threads, tell=notices.progress
+            )
+        )
+        notices.clear()
+        yield Calibrated(str(text or statistics), made.entries, include, exclude, made.remarks), made

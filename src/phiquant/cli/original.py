@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from phiquant.cli.notices import Notices
 from phiquant.convert.plan import plan_convert
 from phiquant.convert.run import execute
 from phiquant.convert.source import CheckpointSource, Source
@@ -23,10 +24,12 @@ class Original:
         source: must be open as long as this is.
         folder: holds the converted file, which is as large as the checkpoint.
         threads: of the conversion; 0 for one each core.
+        quiet: do not say that it is being converted.
     """
 
-    def __init__(self, source: Source, folder: Path, *, threads: int = 0) -> None:
+    def __init__(self, source: Source, folder: Path, *, threads: int = 0, quiet: bool = False) -> None:
         self._source, self._folder, self._threads = source, folder, threads
+        self._notices = Notices(quiet=quiet)
         self._path: Path | None = None
         self._stack = ExitStack()
 
@@ -43,9 +46,11 @@ class Original:
             temporary = tempfile.TemporaryDirectory(prefix=".phiquant-calibrate-", dir=self._folder)
         except OSError as error:
             raise OutputError(f"{self._folder} cannot hold a temporary file: {error.strerror or error}.") from error
-        lossless = Path(self._stack.enter_context(temporary)) / "lossless.gguf"
-        execute(plan_convert(self._source, "auto", lossless), threads=self._threads)
-        return lossless
+        plan = plan_convert(self._source, "auto", Path(self._stack.enter_context(temporary)) / "lossless.gguf")
+        self._notices.progress(f"converting the checkpoint to a temporary file of {plan.size / 1e9:.2f} GB")
+        execute(plan, threads=self._threads)
+        self._notices.clear()
+        return plan.path
 
     def __enter__(self) -> Self:
         return self

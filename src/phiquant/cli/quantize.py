@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
 from phiquant.cli.models import fetched, source_of
@@ -16,8 +17,9 @@ from phiquant.convert.overrides import parse_override
 from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
 from phiquant.convert.plan import Plan, plan_quantize
 from phiquant.convert.prune import parse_layers
-from phiquant.convert.run import execute
+from phiquant.convert.run import Maker, execute
 from phiquant.convert.source import Source, open_source
+from phiquant.convert.weighing import Calibrated
 from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGMLType
 from phiquant.gguf.output import check_space
@@ -26,7 +28,11 @@ from phiquant.gguf.quality import Quality
 if TYPE_CHECKING:
     from phiquant.cli.measuring import MeasureText
 
-__all__ = ["Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
+__all__ = ["DEFAULT_TOKENS", "METHODS", "Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
+
+METHODS: Final = ("feedback", "imatrix", "plain")
+DEFAULT_TOKENS: Final = 16_384
+"""Tokens of a text that error feedback reads, if it has as many."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class QuantizeOptions:
     tensor_type_file: Path | None = None
     imatrix: Path | None = None
     calibrate: Path | None = None
+    method: str | None = None
+    calibration_tokens: int | None = None
+    statistics: Path | None = None
     measure: bool = True
     measure_text: Path | None = None
     include_weights: Sequence[str] = ()
@@ -80,16 +89,16 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
         leave_output_tensor=options.leave_output_tensor,
     )
     overrides = [parse_override(text) for text in options.override_kv]
-    _check_importance(options)
+    method = _method(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     if repository is None:
         model: str | Path = source_of(parsed.model, quiet=options.quiet)
     else:
         model = fetched(repository, quiet=options.quiet)
-    with open_source(model, quiet=options.quiet) as source:
+    with open_source(model, quiet=options.quiet) as source, ExitStack() as stack:
         text = _measure_text(source, options)
 
-        def planned(importance: Importance | None) -> Plan:
+        def planned(importance: Importance | None, calibrated: Calibrated | None = None) -> Plan:
             plan = plan_quantize(
                 source,
                 parsed.target,
@@ -98,43 +107,47 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 overrides=overrides,
                 allow_requantize=options.allow_requantize,
                 importance=importance,
+                calibrated=calibrated,
                 prune=prune,
                 dry_run=options.dry_run,
             )
             plan = replace(plan, quality=None if text is None else text.unknown(source.name))
             return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
 
-        first = _planned(source, options, planned)
+        plan = _assumed(source, options, method, planned)
         if options.dry_run:
-            print_plan(first)
+            print_plan(plan)
             return 0
-        with Original(source, first.path.absolute().parent, threads=parsed.threads) as original:
-            _check_calibration(first, options)
-            tokens = None
-            if text is not None:
-                check_space(first.path, first.size)
-                tokens = text.check(original.path())
-            plan = _calibrated(first, original, options, parsed.threads, tokens, planned)
-            with ConversionBar(quiet=options.quiet) as bar:
+        _check(plan, options, method)
+        original = Original(source, plan.path.absolute().parent, threads=parsed.threads, quiet=options.quiet)
+        stack.enter_context(original)
+        tokens = None if text is None else text.check(original.path())
+        maker: Maker | None = None
+        if method == "feedback":
+            plan, maker = _fed_back(original, options, parsed.threads, tokens, planned, stack)
+        elif method == "imatrix" and options.calibrate is not None:
+            plan = _calibrated(original, options.calibrate, options, parsed.threads, tokens, planned)
+        with ConversionBar(quiet=options.quiet) as bar:
 
-                def measure(file: Path) -> Quality:
-                    from phiquant.cli.measuring import measured  # loads the engine, which quantizing does without
+            def measure(file: Path) -> Quality:
+                from phiquant.cli.measuring import measured  # loads the engine, which quantizing does without
 
-                    assert text is not None
-                    bar.stop()
-                    return measured(
-                        file, original.path(), text, called=source.name, threads=parsed.threads, quiet=options.quiet
-                    )
-
-                report = execute(
-                    plan,
-                    threads=parsed.threads,
-                    keep_nan=options.keep_nan,
-                    resume=options.resume,
-                    max_memory=options.max_memory,
-                    measure=None if text is None else measure,
-                    progress=bar,
+                assert text is not None
+                bar.stop()
+                return measured(
+                    file, original.path(), text, called=source.name, threads=parsed.threads, quiet=options.quiet
                 )
+
+            report = execute(
+                plan,
+                threads=parsed.threads,
+                keep_nan=options.keep_nan,
+                resume=options.resume,
+                max_memory=options.max_memory,
+                measure=None if text is None else measure,
+                progress=bar,
+                maker=maker,
+            )
     if not options.quiet:
         print_report(report)
     return 0
@@ -163,16 +176,31 @@ def _names_a_type(text: str) -> bool:
     return True
 
 
-def _check_importance(options: QuantizeOptions) -> None:
-    """Before anything is read: what the options say of importance makes sense."""
-    if options.imatrix is not None and options.calibrate is not None:
+def _method(options: QuantizeOptions) -> str:
+    """How weights are rounded, once what the options say of it makes sense; nothing has been read yet."""
+    text, reads = options.calibrate, options.calibrate is not None or options.statistics is not None
+    method = options.method or ("feedback" if reads else "imatrix" if options.imatrix is not None else "plain")
+    if method not in METHODS:
+        raise RequestError(f"--method is {', '.join(METHODS[:-1])} or {METHODS[-1]}, not {method!r}.")
+    if options.imatrix is not None and reads:
         raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
-    if options.imatrix is None and options.calibrate is None:
+    if options.statistics is not None and method != "feedback":
+        raise RequestError(f"--statistics is for --method feedback, not {method}; leave it out.")
+    if method == "feedback" and not reads:
+        raise RequestError("--method feedback needs a text that the model reads; give one with --calibrate TEXT.")
+    if method == "imatrix" and text is None and options.imatrix is None:
+        raise RequestError("--method imatrix needs --imatrix FILE, or --calibrate TEXT to make one of.")
+    if options.calibration_tokens is not None and (text is None or method == "plain"):
+        raise RequestError("--calibration-tokens counts tokens of a text; give one with --calibrate TEXT.")
+    if method == "plain" or not (reads or options.imatrix):
         for name, given in (("include", options.include_weights), ("exclude", options.exclude_weights)):
             if given:
                 raise RequestError(
                     f"--{name}-weights chooses entries of an importance matrix; pass one with --imatrix."
                 )
+    if method == "plain" and options.imatrix is not None:
+        raise RequestError("--method plain uses no importance matrix; leave out --imatrix or choose another method.")
+    return method
 
 
 def _opened(path: Path, options: QuantizeOptions) -> Importance:
@@ -186,51 +214,72 @@ def _measure_text(source: Source, options: QuantizeOptions) -> MeasureText | Non
     path = options.measure_text or options.calibrate
     if path is None or not options.measure:
         return None
+    notices = Notices(quiet=options.quiet)
     quantized = next((tensor for tensor in source.tensors if tensor.type.is_quantized), None)
     if quantized is not None:
         sentence = f"{source.files[0]} is quantized already ({quantized.name} is {quantized.type.name})"
         if options.measure_text is not None:
             raise RequestError(f"{sentence}, and nothing is measured beside it; leave out --measure-text.")
-        Notices(quiet=options.quiet).note(f"{sentence}, so the result is not measured beside it")
+        notices.note(f"{sentence}, so the result is not measured beside it")
+        return None
+    if options.measure_text is None and options.statistics is not None and options.statistics.exists():
+        notices.note(
+            f"{options.statistics} does not say which end of {path} it was not collected on, so the result is not "
+            "measured; --measure-text does that"
+        )
         return None
     from phiquant.cli.measuring import MeasureText  # loads the engine, which quantizing does without
 
     return MeasureText.read(path, held_out=options.measure_text is None)
 
 
-def _planned(source: Source, options: QuantizeOptions, planned: Callable[[Importance | None], Plan]) -> Plan:
-    """The plan, with an importance that is only assumed where it is to be collected."""
-    if options.calibrate is None:
-        return planned(None if options.imatrix is None else _opened(options.imatrix, options))
-    from phiquant.cli import calibration  # loads the engine, which quantizing does without
-
+def _assumed(
+    source: Source,
+    options: QuantizeOptions,
+    method: str,
+    planned: Callable[[Importance | None, Calibrated | None], Plan],
+) -> Plan:
+    """The plan; where something is yet to be collected, with what is only assumed of it: the sizes are right."""
     include, exclude = options.include_weights, options.exclude_weights
-    return planned(calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude))
+    if method == "feedback":
+        from phiquant.cli import calibration  # loads the engine, which quantizing does without
+
+        return planned(
+            None,
+            calibration.assumed_calibration(options.calibrate, options.statistics, include=include, exclude=exclude),
+        )
+    if method == "imatrix" and options.calibrate is not None:
+        from phiquant.cli import calibration
+
+        return planned(
+            calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude), None
+        )
+    return planned(None if options.imatrix is None else _opened(options.imatrix, options), None)
 
 
-def _check_calibration(plan: Plan, options: QuantizeOptions) -> None:
+def _check(plan: Plan, options: QuantizeOptions, method: str) -> None:
     """Whatever would be refused after a calibration is refused before."""
-    if options.calibrate is None:
-        return
-    if all(tensor.importance is None for tensor in plan.tensors):
+    if (
+        method == "imatrix"
+        and options.calibrate is not None
+        and not any(t.importance is not None for t in plan.tensors)
+    ):
         raise RequestError(
             f"--calibrate {options.calibrate}: no type of {plan.path.name} depends on importance; leave the option out."
         )
-    check_space(plan.path, plan.size)
+    if method == "feedback" or options.calibrate is not None or plan.quality is not None:
+        check_space(plan.path, plan.size)
 
 
 def _calibrated(
-    plan: Plan,
     original: Original,
+    text: Path,
     options: QuantizeOptions,
     threads: int,
-    tokens: int | None,
+    most: int | None,
     planned: Callable[[Importance | None], Plan],
 ) -> Plan:
-    """The plan with the importance that --calibrate collects, of the first `tokens` of the text or of all."""
-    text = options.calibrate
-    if text is None:
-        return plan
+    """The plan with importance collected from a text, of its first `most` tokens if that is a number."""
     from phiquant.cli import calibration
 
     return planned(
@@ -239,11 +288,44 @@ def _calibrated(
             text,
             include=options.include_weights,
             exclude=options.exclude_weights,
-            tokens=tokens,
+            tokens=_fewest(options.calibration_tokens, most),
             threads=threads,
             quiet=options.quiet,
         )
     )
+
+
+def _fed_back(
+    original: Original,
+    options: QuantizeOptions,
+    threads: int,
+    most: int | None,
+    planned: Callable[[Importance | None, Calibrated | None], Plan],
+    stack: ExitStack,
+) -> tuple[Plan, Maker | None]:
+    """The plan with error feedback, and what makes its weights; `most` as for `_calibrated`."""
+    from phiquant.cli import calibration
+
+    tokens = _fewest(DEFAULT_TOKENS if options.calibration_tokens is None else options.calibration_tokens, most)
+    assert tokens is not None
+    calibrated, maker = stack.enter_context(
+        calibration.feedback(
+            original,
+            options.calibrate,
+            tokens=tokens,
+            statistics=options.statistics,
+            include=options.include_weights,
+            exclude=options.exclude_weights,
+            threads=threads,
+            quiet=options.quiet,
+        )
+    )
+    return planned(None, calibrated), maker
+
+
+def _fewest(*counts: int | None) -> int | None:
+    """The smallest of the numbers; None if there is none."""
+    return min((count for count in counts if count is not None), default=None)
 
 
 def _listed_types(path: Path | None) -> list[str]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from phiquant.convert.journal import Journal, fingerprint
 from phiquant.convert.plan import Plan, checksum_entries, quality_entries
 from phiquant.convert.recipes import PlannedTensor
-from phiquant.errors import GGUFError, WeightsError
+from phiquant.errors import GGUFError, OutputError, WeightsError
 from phiquant.gguf import GGUFWriter, keys
 from phiquant.gguf.checksum import PREFIX, Checksum, Piece, Summed, pieces
 from phiquant.gguf.output import check_space
@@ -88,6 +88,36 @@ class Output:
         if adopted:
             self.remarks.append(f"{len(adopted)} of {len(self._plan.tensors)} tensors are done by an earlier run")
         return adopted
+
+    def read(self, tensor: PlannedTensor) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor that `adopt` named; OutputError if they cannot be read any more."""
+        data = np.empty(tensor.nbytes, np.uint8)
+        if not self._holders[tensor.name].read_into(tensor.name, 0, data):
+            raise OutputError(f"{self._plan.path} cannot be read while it is written; run again without --resume.")
+        return data
+
+    def write_whole(self, tensor: PlannedTensor, data: npt.NDArray[np.uint8]) -> None:
+        """Write all of a tensor, in its type, uint8 [nbytes]."""
+        at = 0
+        for piece in pieces(tensor.shape):
+            size = piece.nbytes(tensor.type)
+            self.write(tensor, piece, data[at : at + size])
+            at += size
+
+    def settle(self) -> None:
+        """With `resume`: wait until the disk has what was written, and the journal says so."""
+        if self._journal is not None:
+            self._journal.flush()
+
+    @property
+    def kept(self) -> bool:
+        """Whether what is done stays for a later run when this one ends early."""
+        return self._journal is not None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the bytes of the output depend on; with `resume` only."""
+        return self._journal.plan if self._journal is not None else ""
 
     def write(self, tensor: PlannedTensor, piece: Piece, data: npt.NDArray[np.uint8]) -> None:
         """Write a piece of a tensor, in the tensor's type."""

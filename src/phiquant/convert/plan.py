@@ -23,7 +23,14 @@ from phiquant.convert.recipes import (
     plan_quantization,
 )
 from phiquant.convert.source import CheckpointSource, GGUFSource, Source, model_of
-from phiquant.convert.weighing import Importance, importance_entries, missing_importance, weigh
+from phiquant.convert.weighing import (
+    Calibrated,
+    Importance,
+    importance_entries,
+    mark_calibrated,
+    missing_importance,
+    weigh,
+)
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf import FileType, GGMLType, ValueType, keys
 from phiquant.gguf.checksum import DIGITS
@@ -176,14 +183,16 @@ def plan_quantize(
     overrides: Iterable[Entry] = (),
     allow_requantize: bool = False,
     importance: Importance | None = None,
+    calibrated: Calibrated | None = None,
     prune: Sequence[int] = (),
     dry_run: bool = False,
 ) -> Plan:
     """Plan `phiquant quantize`. A checkpoint is planned as if it had been converted without loss first.
 
-    `prune`: layers to leave out. What `execute` could not do well is refused (RequestError for weights that need
-    importance and have none, WeightsError for those that are quantized already, ImportanceError for a matrix that does
-    not fit); with `dry_run` the first becomes a remark.
+    `prune`: layers to leave out; `calibrated`: instead of `importance`, that a `Maker` makes the weights. What
+    `execute` could not do well is refused (RequestError for weights that need importance and have none, WeightsError
+    for those that are quantized already, ImportanceError for a matrix that does not fit); with `dry_run` the first
+    becomes a remark.
     """
     origin = str(source.files[0])
     check_options(target, options)
@@ -198,7 +207,8 @@ def plan_quantize(
     tensors = [Tensor(name, t.shape, t.type) for name, t in stored.items()]
     if isinstance(source, CheckpointSource):
         tensors = [Tensor(t.name, t.shape, _lossless(t)) for t in tensors]
-    planned = plan_quantization(tensors, target, model, options, importance=importance is not None)
+    with_statistics = importance is not None or calibrated is not None
+    planned = plan_quantization(tensors, target, model, options, importance=with_statistics)
     if not any(tensor.nbytes for tensor in planned):
         raise WeightsError(f"{origin} holds no weights.")
     if not allow_requantize:
@@ -208,7 +218,11 @@ def plan_quantize(
     if importance is not None:
         planned, remarks = weigh(planned, importance, (tensor.name for tensor in source.tensors))
         entries = apply_overrides(entries, importance_entries(importance))
-    with_matrix = None if importance is None else importance.origin
+    if calibrated is not None:
+        planned, remarks = mark_calibrated(planned, calibrated)
+        remarks = [*calibrated.remarks, *remarks]
+        entries = apply_overrides(entries, calibrated.entries)
+    with_matrix = calibrated.origin if calibrated else importance.origin if importance else None
     refusal = missing_importance(planned, target, _model_for_imatrix(source), with_matrix)
     if refusal is not None:
         if not dry_run:

@@ -31,7 +31,7 @@ from phiquant.errors import RequestError, WeightsError
 from phiquant.gguf.checksum import Piece, pieces
 from phiquant.gguf.quality import Quality
 
-__all__ = ["Progress", "Report", "convert", "execute", "quantize"]
+__all__ = ["Maker", "Progress", "Report", "convert", "execute", "quantize"]
 
 _Bytes = npt.NDArray[np.uint8]
 _MAX_THREADS = 512
@@ -48,6 +48,16 @@ class Progress(Protocol):
 
     def resumed(self, source_bytes: int) -> None:
         """So many bytes of the source need not be done again; only called where an earlier run is continued."""
+
+
+class Maker(Protocol):
+    """Makes the tensors of a plan that are `calibrated`."""
+
+    def make(self, plan: Plan, output: Output, done: Container[str], progress: Progress | None) -> None:
+        """Write every one of them that is not `done`, once all other tensors are written."""
+
+    def discard(self, plan: Plan) -> None:
+        """The output is finished, or given up: remove what was kept for a later run."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +155,9 @@ def execute(
     overwrite: bool = True,
     measure: Callable[[Path], Quality] | None = None,
     progress: Progress | None = None,
+    maker: Maker | None = None,
 ) -> Report:
-    """Carry out a plan whose source is open.
+    """Carry out a plan whose source is open; `maker` makes what is calibrated in it.
 
     `threads`: None or 0 takes one for each core. `keep_nan`: NaN and infinity in weights are no error. `resume`: keep
     what is done when the run is interrupted, and continue what such a run left; the result is the same to the byte.
@@ -165,13 +176,22 @@ def execute(
         adopted = output.adopt(lambda tensor: _advance(progress, tensor))
         if adopted and progress is not None:
             progress.resumed(sum(t.source_bytes for t in plan.tensors if t.name in adopted))
-        _Run(plan, output, adopted, keep_nan or plan.copied, progress).join(count)
+        calibrated = {tensor.name for tensor in plan.tensors if tensor.calibrated}
+        _Run(plan, output, adopted | calibrated, keep_nan or plan.copied, progress).join(count)
+        if maker is not None:
+            try:
+                maker.make(plan, output, adopted, progress)
+            except WeightsError:
+                maker.discard(plan)
+                raise
         seconds = perf_counter() - started
         quality = None
         if measure is not None:
             with output.readable() as path:
                 quality = measure(path)
         output.commit(quality)
+        if maker is not None:
+            maker.discard(plan)
     plan = replace(plan, remarks=[*plan.remarks, *output.remarks])
     return Report(plan, seconds, quality)
 

@@ -1,0 +1,149 @@
+"""Quantizing rows with error feedback: what one column's rounding leaves over is carried into the columns after it.
+
+Needs the second moments of a matrix's inputs, whole and not only their diagonal (which an importance matrix is). The
+result is made of the same blocks as any other, for any reader.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phiquant.errors import UnsupportedError, WeightsError
+from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cpu.feedback_product import ROWS
+from phiquant.kernels.cpu.team import available_threads
+from phiquant.kernels.feedback_slab import PANELS, Corner, Inner, Slab
+from phiquant.quants.feedback import STEPPED
+
+__all__ = ["DAMPING", "SUPPORTED", "Factor", "factorize", "feedback_rows"]
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+SUPPORTED: frozenset[GGMLType] = frozenset(STEPPED)
+"""Types that `feedback_rows` writes."""
+
+DAMPING = 0.1
+"""What is added to the diagonal of the moments for the first sweep, as a part of its mean. Errors are carried less far
+with more of it; the sweeps after the first use a tenth of it and lose nothing.
+"""
+
+_WIDTH = 256  # columns that are chosen together
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Moments of a matrix's inputs, scaled so that the mean of their diagonal is 1.
+
+    Attributes:
+        unit: float32 [n, n], upper triangular with ones on the diagonal.
+        variances: float32 [n], positive: unit diag(variances) unit^T are the damped moments.
+        moments: float32 [n, n], damped by a tenth as much.
+    """
+
+    unit: Floats
+    variances: Floats
+    moments: Floats
+
+    @cached_property
+    def corners(self) -> tuple[Corner, ...]:
+        """Of the moments, for every 256 columns."""
+        return tuple(Corner.of(self.moments[at, at]) for at in _blocks(len(self.unit)))
+
+    @cached_property
+    def inner(self) -> tuple[Inner, ...]:
+        """Of the factors, for every 256 columns."""
+        return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in _blocks(len(self.unit)))
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + _WIDTH, n)) for start in range(0, n, _WIDTH)]
+
+
+def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPING) -> Factor:
+    """The factors of moments [n, n], the sum of x^T x over a matrix's inputs x [1, n].
+
+    Inputs that were always zero, and fewer inputs than columns, are fine: `damping` times the mean of the diagonal is
+    added to it.
+
+    Raises:
+        WeightsError: the moments are not square, not finite, or not those of any inputs.
+    """
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1]:
+        raise WeightsError(f"moments of inputs must be a square matrix, not of shape {moments.shape}")
+    if not damping > 0:
+        raise WeightsError(f"the damping of moments must be positive, not {damping:g}")
+    diagonal = np.diagonal(moments).astype(np.float64)
+    mean = float(diagonal.mean()) if len(diagonal) else 0.0
+    if not (np.isfinite(mean) and np.isfinite(moments).all()) or (diagonal < 0).any():
+        raise WeightsError("moments of inputs hold NaN, infinity or negative squares; collect them again")
+    scaled = moments.astype(np.float64) / (mean or 1.0)
+    damping = damping if mean > 0 else 1.0
+    at = np.s_[:: len(scaled) + 1]
+    # A Cholesky factor from the last column upwards: of the matrix turned round, turned back.
+    turned = np.ascontiguousarray(scaled[::-1, ::-1])
+    turned.flat[at] += damping
+    try:
+        root = np.linalg.cholesky(turned)[::-1, ::-1]
+    except np.linalg.LinAlgError:
+        raise WeightsError(
+            f"moments of inputs are not those of any inputs even with a damping of {damping:g}; collect them again"
+        ) from None
+    scale = np.diagonal(root)
+    unit = np.ascontiguousarray(root / scale, np.float32)
+    scaled.flat[at] += damping / 10
+    return Factor(unit, np.ascontiguousarray(scale * scale, np.float32), scaled.astype(np.float32))
+
+
+def feedback_rows(
+    x: Floats, type: GGMLType, factor: Factor, *, threads: int = 0, rounds: int = 1, sweeps: int = 1
+) -> Bytes:
+    """Rows of weights as blocks of `type`, chosen for the least error of the products with inputs of these moments.
+
+    Args:
+        x: float32 [rows, n], contiguous.
+        type: one of `SUPPORTED`.
+        factor: of the moments [n, n] of the inputs.
+        threads: how many work at once; 0: one for each processor. The bytes do not depend on it.
+
+    Returns:
+        uint8 [rows, row_bytes].
+
+    Raises:
+        WeightsError: shapes do not fit, or a row holds NaN, infinity or too large values.
+        UnsupportedError: a type that is not rounded with feedback.
+    """
+    if type not in SUPPORTED:
+        known = ", ".join(entry.name for entry in sorted(SUPPORTED))
+        raise UnsupportedError(f"weights are not rounded to {type.name} with error feedback; use one of {known}")
+    if x.ndim != 2 or x.dtype != np.float32 or not x.flags.c_contiguous:
+        raise WeightsError(f"rows to quantize must be a contiguous float32 matrix, not {x.dtype} of shape {x.shape}")
+    rows, n = x.shape
+    if factor.unit.shape != (n, n):
+        raise WeightsError(f"moments of {len(factor.unit)} inputs do not fit rows of {n} weights")
+    if n % type.block_elements:
+        raise WeightsError(f"rows of {n} values do not fill {type.name} blocks of {type.block_elements}")
+    finite = np.isfinite(x).all(axis=1)
+    if not finite.all():
+        raise WeightsError(f"row {int(finite.argmin())} of the weights holds NaN or infinity; repair it")
+    if not x.size:
+        return np.empty((rows, type.row_bytes(n)), np.uint8)
+    step, starts = ROWS * PANELS, range(0, n, _WIDTH)
+
+    def work(first: int) -> Bytes:
+        slab = Slab(x[first : first + step], type)
+        for start, inner in zip(starts, factor.inner, strict=True):
+            slab.begin(start, factor.unit, inner, rounds)
+        for _ in range(sweeps):
+            for start, corner in zip(starts, factor.corners, strict=True):
+                slab.again(start, factor.moments, corner)
+        return slab.bytes()
+
+    with ThreadPoolExecutor(min(threads or available_threads(), -(-rows // step))) as pool:
+        return np.concatenate(list(pool.map(work, range(0, rows, step))))
