@@ -40,6 +40,7 @@ ROUNDS = 3
 SWEEPS = 1
 """How often all blocks of a row are gone through once more."""
 
+_LARGEST = 1024.0  # magnitude of a weight: scales of half precision hold many times that, which feedback can make of it
 _WIDTH = 256  # columns that are chosen together
 
 
@@ -95,22 +96,30 @@ def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPIN
     if not (np.isfinite(mean) and np.isfinite(moments).all()) or (diagonal < 0).any():
         raise WeightsError("moments of inputs hold NaN, infinity or negative squares; collect them again")
     order = _order(diagonal)
-    scaled = moments[np.ix_(order, order)].astype(np.float64) / (mean or 1.0)
+    scaled = moments[np.ix_(order, order)].astype(np.float32)
+    scaled *= 1 / (mean or 1.0)
     damping = damping if mean > 0 else 1.0
     at = np.s_[:: len(scaled) + 1]
     # A Cholesky factor from the last column upwards: of the matrix turned round, turned back.
     turned = np.ascontiguousarray(scaled[::-1, ::-1])
     turned.flat[at] += damping
-    try:
-        root = np.linalg.cholesky(turned)[::-1, ::-1]
-    except np.linalg.LinAlgError:
-        raise WeightsError(
-            f"moments of inputs are not those of any inputs even with a damping of {damping:g}; collect them again"
-        ) from None
-    scale = np.diagonal(root)
-    unit = np.ascontiguousarray(root / scale, np.float32)
+    scale, unit = _factors(turned, damping)
     scaled.flat[at] += damping / 10
-    return Factor(order, unit, np.ascontiguousarray(scale * scale, np.float32), scaled.astype(np.float32))
+    return Factor(order, unit, scale * scale, scaled)
+
+
+def _factors(turned: Floats, damping: float) -> tuple[Floats, Floats]:
+    """Diagonal and unit triangular part of the factor, turned back; in double precision where single is too little."""
+    for precision in (np.float32, np.float64):
+        try:
+            root = np.linalg.cholesky(turned.astype(precision, copy=False))[::-1, ::-1]
+        except np.linalg.LinAlgError:
+            continue
+        scale = np.diagonal(root)
+        return np.ascontiguousarray(scale, np.float32), np.ascontiguousarray(root / scale, np.float32)
+    raise WeightsError(
+        f"moments of inputs are not those of any inputs even with a damping of {damping:g}; collect them again"
+    )
 
 
 def _order(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
@@ -130,6 +139,19 @@ def _order(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
             group = np.take_along_axis(pieces, first[:, :, None], axis=1).reshape(-1, size)
         order[part] = group.reshape(-1)
     return order
+
+
+def _check(x: Floats) -> None:
+    """WeightsError where a row holds what no scale, or what is carried on from it, would be safe with."""
+    good = np.isfinite(x).all(axis=1)
+    if not good.all():
+        raise WeightsError(f"row {int(good.argmin())} of the weights holds NaN or infinity; repair it")
+    if x.size and max(float(x.max()), -float(x.min())) > _LARGEST:
+        row = int(np.abs(x).max(axis=1).argmax())
+        raise WeightsError(
+            f"row {row} of the weights holds values of magnitude {np.abs(x[row]).max():g}, and error feedback takes them "
+            f"up to {_LARGEST:g}; quantize this tensor without it"
+        )
 
 
 def feedback_rows(
@@ -163,9 +185,7 @@ def feedback_rows(
         raise WeightsError(f"moments of {len(factor.unit)} inputs do not fit rows of {n} weights")
     if n % type.block_elements:
         raise WeightsError(f"rows of {n} values do not fill {type.name} blocks of {type.block_elements}")
-    finite = np.isfinite(x).all(axis=1)
-    if not finite.all():
-        raise WeightsError(f"row {int(finite.argmin())} of the weights holds NaN or infinity; repair it")
+    _check(x)
     if not x.size:
         return np.empty((rows, type.row_bytes(n)), np.uint8)
     step, starts = ROWS * PANELS, range(0, n, _WIDTH)

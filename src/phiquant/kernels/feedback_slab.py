@@ -160,9 +160,11 @@ class Slab:
         data = quantize_rows(self._rows(wanted), GGMLType.F32, self.type, inner.variances)
         self._take(start, data)
         self._descend(start, inner.unit, np.ones(width, np.float32))
+        self.gradient[:] = 0
+        self._multiply(self.gradient, pulled, inner.mixed)
+        before = self.gradient.copy()
         for _ in range(rounds):
-            self.gradient[:] = 0
-            self._multiply(self.gradient, pulled, inner.mixed)
+            self.gradient[:] = before
             self._multiply(self.gradient, weights - self.now[:, start:stop], corner.matrix)
             self._refit(start, corner)
             self._descend(start, corner.matrix, corner.inverse)
