@@ -112,20 +112,20 @@ class Slab:
     """Some rows of weights, at most 64 * `PANELS`, being quantized.
 
     Arrays are [panels][columns][64 rows]: `now` (values, at first the weights), `entries` (of the levels), `errors`
-    (weights - now); scales and their parts, as in `quants.feedback.Grid`, [panels][sub-blocks or blocks][64].
+    (weights - now), all in the order given; scales and their parts, as in `quants.feedback.Grid`,
+    [panels][sub-blocks or blocks][64].
     """
 
-    def __init__(self, x: Floats, type: GGMLType) -> None:
+    def __init__(self, x: Floats, type: GGMLType, order: npt.NDArray[np.int64]) -> None:
         self.rows, self.columns = x.shape
         self.type, self.how, self.format = type, STEPPED[type], quants.format_of(type)
         self.panels = -(-self.rows // ROWS)
-        self.now = self._panels(x)
+        self.order, self.now = order, self._panels(x[:, order])
         self.entries, self.errors = np.zeros_like(self.now), np.zeros_like(self.now)
         subs, blocks = self.columns // self.how.unit, self.columns // type.block_elements
         self.scale, self.offset, self.steps, self.drops = (self._empty(subs) for _ in range(4))
         self.unit, self.least = self._empty(blocks), self._empty(blocks)
         self.gradient, self.moves, self.image, self.total = (self._empty(_WIDTH) for _ in range(4))
-        self.blocks = np.zeros((self.rows, blocks), self.format.dtype)
 
     def _empty(self, count: int) -> Floats:
         return np.zeros((self.panels, count, ROWS), np.float32)
@@ -160,9 +160,11 @@ class Slab:
         data = quantize_rows(self._rows(wanted), GGMLType.F32, self.type, inner.variances)
         self._take(start, data)
         self._descend(start, inner.unit, np.ones(width, np.float32))
+        self.gradient[:] = 0
+        self._multiply(self.gradient, pulled, inner.mixed)
+        before = self.gradient.copy()
         for _ in range(rounds):
-            self.gradient[:] = 0
-            self._multiply(self.gradient, pulled, inner.mixed)
+            self.gradient[:] = before
             self._multiply(self.gradient, weights - self.now[:, start:stop], corner.matrix)
             self._refit(start, corner)
             self._descend(start, corner.matrix, corner.inverse)
@@ -178,7 +180,6 @@ class Slab:
         blocks = data.reshape(-1).view(self.format.dtype)
         grid, first = self.how.read(blocks), start // self.type.block_elements
         count = len(blocks) // self.rows
-        self.blocks[:, first : first + count] = blocks.reshape(self.rows, -1)
         for name, values in vars(grid).items():
             if values is not None:
                 wide = values.reshape(self.rows, -1)
@@ -222,17 +223,23 @@ class Slab:
         )  # fmt: skip
 
     def bytes(self) -> Bytes:
-        """The blocks [rows, row_bytes]."""
-        entries = self._rows(self.entries)
+        """The blocks [rows, row_bytes], columns in the order of the weights."""
+        blocks = np.zeros(self.rows * (self.columns // self.type.block_elements), self.format.dtype)
+        count = len(blocks)
+        entries = self._ordered(self.entries)
         if self.how.table is None:
             levels = entries.astype(np.int32) + self.how.stored
         else:
             levels = np.searchsorted(self.how.table.astype(np.float32), entries).astype(np.int32)
-        blocks = self.blocks.reshape(-1)
-        parts = {field.name: self._rows(getattr(self, field.name)) for field in fields(Grid)}
-        count = len(blocks)
-        wide = {name: part.reshape(count, -1) for name, part in parts.items()}
-        flat = {name: part[:, 0] if name in ("unit", "least") else part for name, part in wide.items()}
-        self.how.write(blocks, Grid(**flat))
         join(blocks, self.format.planes, levels.reshape(count, -1))
+        parts = {field.name: self._ordered(getattr(self, field.name)).reshape(count, -1) for field in fields(Grid)}
+        parts.update({name: parts[name][:, 0] for name in ("unit", "least")})
+        self.how.write(blocks, Grid(**parts))
         return blocks.view(np.uint8).reshape(self.rows, -1)
+
+    def _ordered(self, panels: Floats) -> Floats:
+        """Rows of values of columns, sub-blocks or blocks, those in the order of the weights."""
+        size = self.columns // panels.shape[1]
+        out = np.empty((self.rows, panels.shape[1]), np.float32)
+        out[:, self.order[::size] // size] = self._rows(panels)
+        return out
