@@ -18,15 +18,14 @@ from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
 from phiquant.kernels.cpu.feedback_product import ROWS
 from phiquant.kernels.cpu.team import available_threads
-from phiquant.kernels.feedback_slab import PANELS, Corner, Inner, Slab
-from phiquant.quants.feedback import STEPPED
+from phiquant.kernels.feedback_slab import FED, PANELS, Corner, Inner, Slab
 
 __all__ = ["DAMPING", "SUPPORTED", "Factor", "factorize", "feedback_rows"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-SUPPORTED: frozenset[GGMLType] = frozenset(STEPPED)
+SUPPORTED: frozenset[GGMLType] = frozenset(FED)
 """Types that `feedback_rows` writes."""
 
 DAMPING = 0.03
@@ -149,8 +148,8 @@ def _check(x: Floats) -> None:
     if x.size and max(float(x.max()), -float(x.min())) > _LARGEST:
         row = int(np.abs(x).max(axis=1).argmax())
         raise WeightsError(
-            f"row {row} of the weights holds values of magnitude {np.abs(x[row]).max():g}, and error feedback takes them "
-            f"up to {_LARGEST:g}; quantize this tensor without it"
+            f"row {row} of the weights holds values of magnitude {np.abs(x[row]).max():g}, and error feedback takes "
+            f"them up to {_LARGEST:g}; quantize this tensor without it"
         )
 
 
