@@ -284,6 +284,19 @@ def test_figures_that_are_none_are_said_to_be(
     assert json.loads(capsys.readouterr().out)["quality"] is None
 
 
+def test_statistics_from_elsewhere_are_not_believed_to_leave_an_end_out(
+    text: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statistics, out = tmp_path / "s.gguf", tmp_path / "out.gguf"
+    command = ["quantize", "--calibrate", str(text), "--statistics", str(statistics), str(original), str(out), "Q3_K_S"]
+    assert run(command) == 0
+    assert recorded(out).first_window > 0, "they were collected in this run, without the end"
+    assert run(command) == 0
+    assert "so the result is not measured" in capsys.readouterr().err
+    with GGUFFile.open(out) as gguf:
+        assert Quality.recorded(gguf) is None
+
+
 def test_what_is_refused(small: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["measure", str(small), "-f", str(PAGE)]) == 2
     assert "--against" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -17,15 +18,19 @@ from phiquant.kernels.cpu.feedback_refit import REFIT, emit_refit
 from phiquant.kernels.dequantize import native
 from phiquant.kernels.quantize import quantize_rows
 from phiquant.quants.block import join
-from phiquant.quants.feedback import STEPPED, Grid
+from phiquant.quants.feedback import STEPPED, Grid, Stepped
+from phiquant.quants.feedback_points import POINTED, Pointed
 
-__all__ = ["PANELS", "Corner", "Inner", "Slab"]
+__all__ = ["FED", "PANELS", "Corner", "Inner", "Slab"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 PANELS = 4
 """Panels of a slab: enough that what NumPy does for a block is little beside the kernels."""
+
+FED: dict[GGMLType, Stepped | Pointed] = {**STEPPED, **POINTED}
+"""What is known of the formats that are rounded with feedback."""
 
 _WIDTH = 256
 
@@ -37,17 +42,20 @@ def _product() -> Any:
 
 @cache
 def _descend(type: GGMLType) -> Any:
-    how = STEPPED[type]
-    table = "" if how.table is None else how.table.tobytes().hex()
-    name = f"feedback.descend.{how.low}.{how.top}.{how.unit}.{table}"
-    return native(name, len(DESCEND), lambda e, *values: emit_descend(e, how, how.unit, *values))
+    how = FED[type]
+    return native(_name("descend", type), len(DESCEND), lambda e, *values: emit_descend(e, how, *values))
 
 
 @cache
 def _refit(type: GGMLType) -> Any:
-    how = STEPPED[type]
-    name = f"feedback.refit.{how.unit}.{how.steps}.{how.base}.{how.slope}.{how.ranged}"
-    return native(name, len(REFIT), lambda e, *values: emit_refit(e, how, *values))
+    how = FED[type]
+    return native(_name("refit", type), len(REFIT), lambda e, *values: emit_refit(e, how, *values))
+
+
+def _name(what: str, type: GGMLType) -> str:
+    """Of a kernel; what it takes from the format is part of it."""
+    facts = [repr(getattr(FED[type], name.name)) for name in fields(FED[type]) if name.name not in ("read", "write")]
+    return f"feedback.{what}.{type.name}.{zlib.crc32(' '.join(facts).encode()):08x}"
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,12 @@ class Corner:
 
     Attributes:
         matrix: float32 [width, width], rows of any stride.
-        inverse: of its diagonal.
+        diagonal, inverse: its diagonal, and the inverses of that.
         sums: of its rows over each 16 of them, [width / 16, width].
     """
 
     matrix: Floats
+    diagonal: Floats
     inverse: Floats
     sums: Floats
 
@@ -69,7 +78,8 @@ class Corner:
         """With all that follows from the matrix."""
         width = len(matrix)
         sums = np.add.reduce(matrix.reshape(-1, 16, width), axis=1) if width else matrix
-        return cls(matrix, np.reciprocal(np.diagonal(matrix)), np.ascontiguousarray(sums))
+        diagonal = np.ascontiguousarray(np.diagonal(matrix))
+        return cls(matrix, diagonal, np.reciprocal(diagonal), np.ascontiguousarray(sums))
 
     def sums_over(self, unit: int) -> Floats:
         """`sums` over each `unit` rows."""
@@ -112,20 +122,20 @@ class Slab:
     """Some rows of weights, at most 64 * `PANELS`, being quantized.
 
     Arrays are [panels][columns][64 rows]: `now` (values, at first the weights), `entries` (of the levels), `errors`
-    (weights - now); scales and their parts, as in `quants.feedback.Grid`, [panels][sub-blocks or blocks][64].
+    (weights - now), all in the order given; scales and their parts, as in `quants.feedback.Grid`,
+    [panels][sub-blocks or blocks][64].
     """
 
-    def __init__(self, x: Floats, type: GGMLType) -> None:
+    def __init__(self, x: Floats, type: GGMLType, order: npt.NDArray[np.int64]) -> None:
         self.rows, self.columns = x.shape
-        self.type, self.how, self.format = type, STEPPED[type], quants.format_of(type)
+        self.type, self.how, self.format = type, FED[type], quants.format_of(type)
         self.panels = -(-self.rows // ROWS)
-        self.now = self._panels(x)
+        self.order, self.now = order, self._panels(x[:, order])
         self.entries, self.errors = np.zeros_like(self.now), np.zeros_like(self.now)
         subs, blocks = self.columns // self.how.unit, self.columns // type.block_elements
         self.scale, self.offset, self.steps, self.drops = (self._empty(subs) for _ in range(4))
         self.unit, self.least = self._empty(blocks), self._empty(blocks)
         self.gradient, self.moves, self.image, self.total = (self._empty(_WIDTH) for _ in range(4))
-        self.blocks = np.zeros((self.rows, blocks), self.format.dtype)
 
     def _empty(self, count: int) -> Floats:
         return np.zeros((self.panels, count, ROWS), np.float32)
@@ -159,26 +169,27 @@ class Slab:
         self._multiply(wanted, pulled, inner.unmixed)
         data = quantize_rows(self._rows(wanted), GGMLType.F32, self.type, inner.variances)
         self._take(start, data)
-        self._descend(start, inner.unit, np.ones(width, np.float32))
+        self._descend(start, inner.unit, np.ones(width, np.float32), inner.variances, first=True)
+        self.gradient[:] = 0
+        self._multiply(self.gradient, pulled, inner.mixed)
+        before = self.gradient.copy()
         for _ in range(rounds):
-            self.gradient[:] = 0
-            self._multiply(self.gradient, pulled, inner.mixed)
+            self.gradient[:] = before
             self._multiply(self.gradient, weights - self.now[:, start:stop], corner.matrix)
             self._refit(start, corner)
-            self._descend(start, corner.matrix, corner.inverse)
+            self._descend(start, corner.matrix, corner.inverse, corner.diagonal)
 
     def again(self, start: int, moments: Floats, corner: Corner) -> None:
         """Choose scales and levels from `start` on once more, for the moments, with all other columns as they are."""
         self._pull(start, len(corner.matrix), moments, self.columns)
         self._refit(start, corner)
-        self._descend(start, corner.matrix, corner.inverse)
+        self._descend(start, corner.matrix, corner.inverse, corner.diagonal)
 
     def _take(self, start: int, data: Bytes) -> None:
         """The scales out of blocks."""
         blocks = data.reshape(-1).view(self.format.dtype)
         grid, first = self.how.read(blocks), start // self.type.block_elements
         count = len(blocks) // self.rows
-        self.blocks[:, first : first + count] = blocks.reshape(self.rows, -1)
         for name, values in vars(grid).items():
             if values is not None:
                 wide = values.reshape(self.rows, -1)
@@ -200,13 +211,14 @@ class Slab:
             matrix.ctypes.data, matrix.strides[0], len(matrix), len(matrix), self.panels,
         )  # fmt: skip
 
-    def _descend(self, start: int, matrix: Floats, inverse: Floats) -> None:
+    def _descend(self, start: int, matrix: Floats, inverse: Floats, weights: Floats, first: bool = False) -> None:
         sub = start // self.how.unit
         _descend(self.type)(
             self.now[0, start:].ctypes.data, self.entries[0, start:].ctypes.data, self.errors[0, start:].ctypes.data,
             self.now.strides[0], self.gradient.ctypes.data, self.moves.ctypes.data, self.gradient.strides[0],
             self.scale[0, sub:].ctypes.data, self.offset[0, sub:].ctypes.data, self.scale.strides[0],
             matrix.ctypes.data, matrix.strides[0], inverse.ctypes.data, len(matrix), self.panels,
+            self.drops[0, sub:].ctypes.data, weights.ctypes.data, int(first),
         )  # fmt: skip
 
     def _refit(self, start: int, corner: Corner) -> None:
@@ -222,17 +234,23 @@ class Slab:
         )  # fmt: skip
 
     def bytes(self) -> Bytes:
-        """The blocks [rows, row_bytes]."""
-        entries = self._rows(self.entries)
-        if self.how.table is None:
-            levels = entries.astype(np.int32) + self.how.stored
-        else:
-            levels = np.searchsorted(self.how.table.astype(np.float32), entries).astype(np.int32)
-        blocks = self.blocks.reshape(-1)
-        parts = {field.name: self._rows(getattr(self, field.name)) for field in fields(Grid)}
+        """The blocks [rows, row_bytes], columns in the order of the weights."""
+        blocks = np.zeros(self.rows * (self.columns // self.type.block_elements), self.format.dtype)
         count = len(blocks)
-        wide = {name: part.reshape(count, -1) for name, part in parts.items()}
-        flat = {name: part[:, 0] if name in ("unit", "least") else part for name, part in wide.items()}
-        self.how.write(blocks, Grid(**flat))
-        join(blocks, self.format.planes, levels.reshape(count, -1))
+        entries = self._ordered(self.entries).reshape(count, -1)
+        parts = {field.name: self._ordered(getattr(self, field.name)).reshape(count, -1) for field in fields(Grid)}
+        parts.update({name: parts[name][:, 0] for name in ("unit", "least")})
+        grid = Grid(**parts)
+        if isinstance(self.how, Pointed):
+            self.how.write(blocks, grid, entries)
+        else:
+            self.how.write(blocks, grid)
+            join(blocks, self.format.planes, self.how.levels(entries))
         return blocks.view(np.uint8).reshape(self.rows, -1)
+
+    def _ordered(self, panels: Floats) -> Floats:
+        """Rows of values of columns, sub-blocks or blocks, those in the order of the weights."""
+        size = self.columns // panels.shape[1]
+        out = np.empty((self.rows, panels.shape[1]), np.float32)
+        out[:, self.order[::size] // size] = self._rows(panels)
+        return out

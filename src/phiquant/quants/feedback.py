@@ -86,6 +86,12 @@ class Stepped:
         chosen = levels if self.table is None else self.table[levels]
         return chosen.astype(np.float32)
 
+    def levels(self, entries: Floats) -> Levels:
+        """What is stored for entries."""
+        if self.table is None:
+            return entries.astype(np.int32) + self.stored
+        return np.searchsorted(self.table.astype(np.float32), entries).astype(np.int32)
+
     def nearest(self, v: Floats) -> Levels:
         """The levels whose entries are nearest to v."""
         return levels_of(v, self.low, self.top) if self.table is None else nearest_entry(v, self.table)

@@ -9,6 +9,7 @@ error, and leaves g as it is after it.
 from __future__ import annotations
 
 from phiquant.quants.feedback import Stepped
+from phiquant.quants.feedback_points import Pointed
 
 from .emit import F32, Emitter, Value
 from .feedback_product import ROWS, Panels, lanes, product, room
@@ -31,7 +32,7 @@ formats without such they are not used. `sums` are those of the matrix over the 
 
 
 class _Refit:
-    def __init__(self, e: Emitter, how: Stepped, a: dict[str, Value]) -> None:
+    def __init__(self, e: Emitter, how: Stepped | Pointed, a: dict[str, Value]) -> None:
         self.e, self.how, self.a, self.k = e, how, a, Lanes(e)
         self.size = how.unit
 
@@ -74,14 +75,14 @@ class _Refit:
         place = j * _LINE
         scale = self.each("scale", "scales", panel, row) + place
         old = self.load(scale)
-        if how.shared:
+        if how.steps is not None:
             steps = self.each("steps", "scales", panel, row) + place
             unit = self.load(self.each("unit", "units", panel, row))
             step = self.load(steps)
             by = unit * how.slope
             move = k.round(self.ratio(slope.get(), curve.get() * e.abs(by)))
             move = e.where(by < 0.0, -move, move)
-            step = k.clamp(step + move, how.steps[0], how.steps[1])
+            step = k.clamp(step + move, *how.steps)
             step = e.where(by == 0.0, self.load(steps), step)
             e.store(step, steps)
             new = unit * self.parts(step)
@@ -109,7 +110,7 @@ class _Refit:
             slope.set(slope.get() - self.load(gradient + c * _LINE))
         offset = self.each("offset", "scales", panel, row) + place
         old = self.load(offset)
-        if how.shared:
+        if how.steps is not None:
             drops = self.each("drops", "scales", panel, row) + place
             least = self.load(self.each("least", "units", panel, row))
             move = k.round(self.ratio(slope.get(), curve.get() * least))
@@ -188,7 +189,7 @@ class _Refit:
                 e.store(self.load(errors + c * _LINE) + move, errors + c * _LINE)
 
 
-def emit_refit(e: Emitter, how: Stepped, *arguments: Value) -> None:
+def emit_refit(e: Emitter, how: Stepped | Pointed, *arguments: Value) -> None:
     """The body of the kernel for a format."""
     a = dict(zip(REFIT, arguments, strict=True))
     fit, scratch, panels = _Refit(e, how, a), room(e), a["panels"]
