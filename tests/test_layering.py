@@ -46,6 +46,7 @@ DIRECT = {
     "server": {"gguf", "engine", "text", "completion", "llm", "async_llm"},
     "eval": {"llm"},
     "bench": {"kernels", "llm"},
+    "report": {"gguf", "quants", "kernels", "convert", "text", "llm", "eval"},
     "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
     "cli": {
         "gguf",
@@ -61,6 +62,7 @@ DIRECT = {
         "llm",
         "eval",
         "bench",
+        "report",
         "calibrate",
         "server",
     },
@@ -88,6 +90,7 @@ HEAVY = {  # libraries that one room owns
     "typer": {"cli"},
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},
+    "matplotlib": {"report"},
 }
 BACKENDS = {"reference", "cpu", "triton", "wgpu", "sycl"}
 

@@ -14,6 +14,7 @@ from phiquant.kernels.cpu import (
     attention,
     combine,
     expert_matmul,
+    keep,
     layer_norm,
     matmul,
     matmul_tiles,
@@ -66,6 +67,7 @@ KERNELS: dict[str, tuple[int, Callable[..., None]]] = {
     "route": (4, route._emit),
     "combine": (4, combine._emit),
     "sum_squares": (4, sum_squares._emit_routed),
+    "keep": (4, keep._emit),
     **{
         f"rotate_store {kind.name}{turn.__name__}": (4, rotate_store._emitter(elements_of(kind), turn))
         for kind in CACHE_TYPES.values()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from phiquant import arch
 from phiquant.arch import names
+from phiquant.calibrate.chunks import cut
 from phiquant.calibrate.observe import observe
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Statistic
 from phiquant.errors import RequestError
@@ -113,7 +114,7 @@ class Calibration:
             tokenizer = Tokenizer.from_gguf(self._gguf)
             self._bos = tokenizer.bos_id if tokenizer.add_bos else None
             ids = np.array(tokenizer.encode(text, special=parse_special), np.int32)
-            self._chunks = _cut(ids, context, skip, chunks)
+            self._chunks = cut(ids, context, skip, chunks)
             self.total = len(self._chunks)
             wanted = {names.OUTPUT} if process_output else set[str]()
             program, self._observations = observe(
@@ -259,19 +260,6 @@ def collect(
             if progress is not None:
                 progress(done)
         return calibration.matrix()
-
-
-def _cut(ids: NDArray[np.int32], context: int, skip: int, chunks: int | None) -> NDArray[np.int32]:
-    """The chunks that will be read, int32 [chunks, context]."""
-    left = len(ids) - skip * context
-    if left < 2 * context:
-        after = f" after the {skip} chunks that are skipped" if skip else ""
-        raise RequestError(
-            f"the text has {max(left, 0)} tokens{after} and must have at least {2 * context}, two chunks of {context}; "
-            "give a longer text or a smaller context"
-        )
-    count = min(left // context, chunks or left)
-    return ids[skip * context :][: count * context].reshape(count, context)
 
 
 def _losses(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> list[float]:

@@ -1,50 +1,55 @@
-"""Collecting importance, as `imatrix` and `quantize --calibrate` show it."""
+"""What `quantize --calibrate` does before it writes: importance collected, or a model made ready for error feedback."""
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from phiquant.calibrate import Calibration
+from phiquant.calibrate import Calibration, Feedback, MomentsFile, feedback_entries
 from phiquant.cli.notices import Notices
+from phiquant.cli.original import Original
 from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.convert import Importance
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Statistic
-from phiquant.convert.plan import plan_convert
-from phiquant.convert.run import execute
-from phiquant.convert.source import CheckpointSource, Source
-from phiquant.errors import OutputError
+from phiquant.convert.source import Source
+from phiquant.convert.weighing import Calibrated
+from phiquant.errors import RequestError
 
-__all__ = ["assumed_importance", "calibrated_importance"]
+__all__ = ["assumed_calibration", "assumed_importance", "calibrated_importance", "feedback"]
 
 
 def calibrated_importance(
-    source: Source,
+    original: Original,
     text: Path,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    folder: Path,
+    tokens: int | None = None,
     threads: int = 0,
     quiet: bool = False,
 ) -> Importance:
-    """Run the model of `source` on a text and keep what matters to it.
+    """Run the original on a text, or its first `tokens`, and keep what matters to it.
 
-    A checkpoint is converted first, as it is stored, to a file in `folder` that is gone afterwards. Errors as for
-    `Calibration`, `Importance.chosen` and `execute`.
+    Errors as for `Calibration`, `Importance.chosen` and `Original.path`.
     """
-    read = text_of(text)
-    if not isinstance(source, CheckpointSource):
-        return _collected(source.files[0], read, text, include, exclude, threads, quiet)
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=".phiquant-calibrate-", dir=folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot hold a temporary file: {error.strerror or error}.") from error
-    with temporary as name:
-        lossless = Path(name) / "lossless.gguf"
-        execute(plan_convert(source, "auto", lossless), threads=threads)
-        return _collected(lossless, read, text, include, exclude, threads, quiet)
+    read, notices = text_of(text), Notices(quiet=quiet)
+    with (
+        Calibration(
+            original.path(),
+            read,
+            chunks=None if tokens is None else max(1, tokens // DEFAULT_CHUNK_SIZE),
+            perplexity=False,
+            dataset=str(text),
+            threads=threads,
+            tell=notices.progress,
+        ) as calibration,
+        ReadingBar("collecting", calibration.context, quiet=quiet) as bar,
+    ):
+        notices.clear()
+        for done in calibration.run():
+            bar.advanced(done.chunks, done.total)
+        return Importance.chosen(calibration.matrix(), str(text), include, exclude)
 
 
 def assumed_importance(
@@ -63,17 +68,55 @@ def assumed_importance(
     return Importance.chosen(matrix, str(text), include, exclude)
 
 
-def _collected(
-    model: Path, text: str, origin: Path, include: Sequence[str], exclude: Sequence[str], threads: int, quiet: bool
-) -> Importance:
+def assumed_calibration(
+    text: Path | None, statistics: Path | None, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Calibrated:
+    """For a dry run: the plan and its size are those with error feedback from that text, or those statistics."""
+    dataset = str(text)
+    if statistics is not None and statistics.exists():
+        with MomentsFile.open(statistics) as file:
+            dataset = file.dataset
+    named = None if statistics is None else str(statistics)
+    return Calibrated(str(text or statistics), feedback_entries(0, dataset, "0" * 64, named), include, exclude)
+
+
+@contextmanager
+def feedback(
+    original: Original,
+    text: Path | None,
+    *,
+    tokens: int,
+    statistics: Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    threads: int = 0,
+    quiet: bool = False,
+) -> Iterator[tuple[Calibrated, Feedback]]:
+    """The original ready to be rounded for what it computes on a text, and what to plan with.
+
+    With `statistics`, a path: by what the file says, which is made of the text first if there is none. Errors as for
+    `Feedback`, `MomentsFile` and `Original.path`; RequestError if there is neither text nor file.
+    """
     notices = Notices(quiet=quiet)
-    with (
-        Calibration(
-            model, text, perplexity=False, dataset=str(origin), threads=threads, tell=notices.progress
-        ) as calibration,
-        ReadingBar("collecting", calibration.context, quiet=quiet) as bar,
-    ):
+    with ExitStack() as stack:
+        known = statistics is not None and statistics.exists()
+        found = stack.enter_context(MomentsFile.open(statistics)) if statistics is not None and known else None
+        if found is None and text is None:
+            raise RequestError(f"there is no file {statistics} yet; give the text to collect it from with --calibrate.")
+        read = text_of(text) if text is not None and found is None else ""
+        model = original.path()
+        if statistics is not None and found is None:
+            with (
+                Feedback(model, read, dataset=str(text), tokens=tokens, threads=threads, tell=notices.progress) as made,
+                ReadingBar("collecting", 1, quiet=quiet) as bar,
+            ):
+                notices.clear()
+                made.collect(statistics, bar.advanced)
+            found = stack.enter_context(MomentsFile.open(statistics))
+        made = stack.enter_context(
+            Feedback(
+                model, read, dataset=str(text), tokens=tokens, statistics=found, threads=threads, tell=notices.progress
+            )
+        )
         notices.clear()
-        for done in calibration.run():
-            bar.advanced(done.chunks, done.total)
-        return Importance.chosen(calibration.matrix(), str(origin), include, exclude)
+        yield Calibrated(str(text or statistics), made.entries, include, exclude, made.remarks), made

@@ -9,6 +9,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from phiquant.cli.bars import byte_bar
+from phiquant.cli.quality import quality_sentence
 from phiquant.convert import Plan, Report
 
 __all__ = ["ConversionBar", "print_parts", "print_plan", "print_report"]
@@ -45,6 +46,10 @@ class ConversionBar:
         if self._task is not None:
             self._bar.reset(self._task, completed=source_bytes)
 
+    def stop(self) -> None:
+        """Take the bar away: what is shown next is another's."""
+        self._bar.stop()
+
     def __enter__(self) -> "ConversionBar":
         self._bar.start()
         return self
@@ -61,6 +66,8 @@ def print_report(report: Report) -> None:
     if len(plan.part_sizes) > 1:
         print_parts(plan)
     print(f"{plan.path}: {_size(plan.size)}, {_described(plan)}, {report.seconds:.1f} s")
+    if report.quality is not None:
+        print(quality_sentence(report.quality))
 
 
 def print_parts(plan: Plan) -> None:

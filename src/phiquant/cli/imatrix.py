@@ -13,9 +13,11 @@ from rich.table import Table
 from phiquant.calibrate import (
     Calibration,
     Done,
+    MomentsFile,
     TensorFigures,
     check_same_model,
     combine,
+    is_moments_file,
     layer_figures,
     tensor_figures,
 )
@@ -65,7 +67,7 @@ def imatrix(options: ImatrixOptions) -> int:
     if options.show_statistics:
         if len(options.in_file) != 1:
             raise WrongUsage("--show-statistics takes one matrix, given with --in-file")
-        show(read(options.in_file[0]))
+        show(_read(options.in_file[0]))
         return 0
     if options.file is None and not options.in_file:
         raise WrongUsage("give a text with -f to collect from, or matrices with --in-file to combine")
@@ -74,7 +76,7 @@ def imatrix(options: ImatrixOptions) -> int:
     if options.output_format is None and options.output.suffix != ".gguf":
         notices.note(f"{options.output} will be a GGUF file; the older format is written with --output-format dat")
     _check_output(options)
-    parts = [(str(path), read(path)) for path in options.in_file]
+    parts = [(str(path), _read(path)) for path in options.in_file]
     if options.file is None:
         whole = combine(parts)
         _write(whole, options.output, options)
@@ -82,6 +84,14 @@ def imatrix(options: ImatrixOptions) -> int:
             print(f"{options.output}: {_described(whole)}")
         return 0
     return _collect(options, parts, notices)
+
+
+def _read(path: Path) -> ImportanceMatrix:
+    """An importance matrix, or the diagonals of second moments."""
+    if is_moments_file(path):
+        with MomentsFile.open(path) as file:
+            return file.matrix()
+    return read(path)
 
 
 def _collect(options: ImatrixOptions, parts: Parts, notices: Notices) -> int:

@@ -1,6 +1,7 @@
 """`phiquant inspect`: what a GGUF file says about itself, as tables or as JSON."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -16,8 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from phiquant import arch
-from phiquant.errors import PhiquantError
-from phiquant.gguf import Field, FileType, GGMLType, GGUFFile, TensorInfo, ValueType, keys, open_model
+from phiquant.cli.quality import quality_rows
+from phiquant.errors import GGUFError, PhiquantError
+from phiquant.gguf import Field, GGMLType, GGUFFile, TensorInfo, open_model
+from phiquant.gguf.describe import file_type_name
+from phiquant.gguf.quality import Quality, standing
 from phiquant.text import Tokenizer
 
 __all__ = ["inspect", "printable"]
@@ -53,8 +57,9 @@ def _document(gguf: GGUFFile) -> dict[str, Any]:
         "alignment": gguf.alignment,
         "data_offset": gguf.data_offset,
         "parts": [{"path": str(part.path), "size": part.size, "tensors": len(part.tensors)} for part in gguf.parts],
-        "file_type": _file_type(gguf),
+        "file_type": file_type_name(gguf),
         "assumptions": _assumptions(gguf),
+        "quality": _quality_document(gguf),
         "metadata": {key: _field(field) for key, field in gguf.fields.items()},
         "tensors": [
             {
@@ -105,14 +110,6 @@ def _by_type(gguf: GGUFFile) -> list[tuple[GGMLType, list[TensorInfo]]]:
     return [(kind, [i for i in gguf.tensors.values() if i.type is kind]) for kind, _ in bytes_of.most_common()]
 
 
-def _file_type(gguf: GGUFFile) -> str | None:
-    number = gguf.fields.get(keys.FILE_TYPE)
-    if number is None or number.type not in (ValueType.UINT32, ValueType.INT32):
-        return None
-    known = FileType.__members__.values()
-    return next((kind.name for kind in known if kind == number.value), f"unknown ({number.value})")
-
-
 def _assumptions(gguf: GGUFFile) -> list[str]:
     """Of model and vocabulary; nothing of what does not run here, which is no reason not to show the file."""
     found: list[str] = []
@@ -134,10 +131,12 @@ def _print(gguf: GGUFFile) -> None:
     if len(gguf.parts) > 1:
         shown = [f"{part.path.name}: {len(part.tensors)} tensors, {part.size:,} bytes" for part in gguf.parts]
         header.add_row("parts", _safe("\n".join(shown), keep="\n"))
-    header.add_row("file type", _file_type(gguf) or "not stated")
+    header.add_row("file type", file_type_name(gguf) or "not stated")
     for assumption in _assumptions(gguf):
         header.add_row("assumed", _safe(assumption))
     console.print(header)
+
+    _print_quality(gguf, console)
 
     metadata = _table("key", "type", "value", title=f"Metadata: {len(gguf.fields)} keys")
     for key, field in gguf.fields.items():
@@ -159,6 +158,33 @@ def _print(gguf: GGUFFile) -> None:
         bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.3f}"
         totals.add_row(name, f"{len(infos):,}", f"{cost['elements']:,}", f"{cost['size']:,}", bits)
     console.print(totals)
+
+
+def _quality_document(gguf: GGUFFile) -> dict[str, Any] | None:
+    """What the file records of its quality; None if nothing, or nothing that can be read."""
+    try:
+        found = Quality.recorded(gguf)
+        return None if found is None else {**dataclasses.asdict(found), "standing": standing(gguf)}
+    except GGUFError:
+        return None
+
+
+def _print_quality(gguf: GGUFFile, console: Console) -> None:
+    try:
+        found = Quality.recorded(gguf)
+        whose = None if found is None else standing(gguf)
+    except GGUFError as error:
+        console.print(_safe(f"The quality that the file records cannot be read: {error}"))
+        return
+    if found is None:
+        return
+    title = "Quality, measured beside the model that the file was made from"
+    if whose != "of this file":
+        title = "Quality of another file: a program that does not know these keys copied them; measure this one"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    for name, value in quality_rows(found):
+        table.add_row(name, _safe(value))
+    console.print(table)
 
 
 def _table(*columns: str, title: str, right: tuple[int, ...] = ()) -> Table:

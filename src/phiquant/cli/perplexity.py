@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.cli.failures import WrongUsage
+from phiquant.cli.loaded import reading_model
 from phiquant.cli.models import path_of
 from phiquant.cli.notices import Notices
 from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.errors import LogitsError, OutputError, RequestError
 from phiquant.eval.measure import Base, Done, Measurement, RowsBase, stream
+from phiquant.eval.quality import check_vocabularies
 from phiquant.eval.saved import SavedLogits, SavedWriter
 from phiquant.eval.statistics import Comparison, Estimate, Perplexity
 from phiquant.eval.windows import Windows, strided_size
@@ -72,8 +73,7 @@ def perplexity(options: PerplexityOptions) -> int:
             )
         if options.base is not None:
             other = stack.enter_context(_loaded(options.base, size, options, notices))
-            if list(other.tokenizer.vocabulary.tokens) != list(model.tokenizer.vocabulary.tokens):
-                raise RequestError(f"{options.base} has another vocabulary than {options.model}; choose another base")
+            check_vocabularies(model.tokenizer, other.tokenizer, (str(options.model), str(options.base)))
             blocks = stream(other, (windows.read(window) for window in range(len(windows))), windows)
             base = RowsBase(blocks)
         elif saved is None and options.kl_divergence_base is not None:
@@ -151,27 +151,10 @@ def _window_size(options: PerplexityOptions, saved: SavedLogits | None) -> int:
     return strided_size(options.ctx_size, options.ppl_stride) if options.ppl_stride else options.ctx_size
 
 
-@contextmanager
-def _loaded(path: Path, size: int, options: PerplexityOptions, notices: Notices) -> Iterator[LLM]:
-    """The model, with room for the windows that a batch holds."""
-    parallel = max(1, options.batch_size // size)
-    with LLM.load(
-        path,
-        context=size,
-        batch=min(options.batch_size, parallel * size),
-        parallel=parallel,
-        threads=options.threads,
-        cache_type=options.cache_type,
-        speculate=False,
-        progress=notices.progress,
-    ) as llm:
-        notices.clear()
-        if llm.context < size:
-            raise RequestError(
-                f"windows of {size} tokens are longer than the {llm.context} that {path} was trained for; "
-                "choose a smaller context"
-            )
-        yield llm
+def _loaded(path: Path, size: int, options: PerplexityOptions, notices: Notices) -> AbstractContextManager[LLM]:
+    return reading_model(
+        path, size, notices, batch=options.batch_size, threads=options.threads, cache_type=options.cache_type
+    )
 
 
 def _windows(options: PerplexityOptions, model: LLM, size: int, saved: SavedLogits | None) -> Windows:

@@ -1,23 +1,38 @@
 """`phiquant quantize IN [OUT] TYPE [NTHREADS]`: a GGUF file, checkpoint or repository to GGUF of another type."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
 from phiquant.cli.models import fetched, source_of
+from phiquant.cli.notices import Notices
+from phiquant.cli.original import Original
 from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
 from phiquant.convert.overrides import parse_override
 from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
 from phiquant.convert.plan import Plan, plan_quantize
 from phiquant.convert.prune import parse_layers
-from phiquant.convert.run import execute
+from phiquant.convert.run import Maker, execute
 from phiquant.convert.source import Source, open_source
+from phiquant.convert.weighing import Calibrated
 from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGMLType
 from phiquant.gguf.output import check_space
+from phiquant.gguf.quality import Quality
 
-__all__ = ["Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
+if TYPE_CHECKING:
+    from phiquant.cli.measuring import MeasureText
+
+__all__ = ["DEFAULT_TOKENS", "METHODS", "Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
+
+METHODS: Final = ("feedback", "imatrix", "plain")
+DEFAULT_TOKENS: Final = 16_384
+"""Tokens of a text that error feedback reads, if it has as many."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,11 @@ class QuantizeOptions:
     tensor_type_file: Path | None = None
     imatrix: Path | None = None
     calibrate: Path | None = None
+    method: str | None = None
+    calibration_tokens: int | None = None
+    statistics: Path | None = None
+    measure: bool = True
+    measure_text: Path | None = None
     include_weights: Sequence[str] = ()
     exclude_weights: Sequence[str] = ()
     prune_layers: str | None = None
@@ -69,15 +89,16 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
         leave_output_tensor=options.leave_output_tensor,
     )
     overrides = [parse_override(text) for text in options.override_kv]
-    _check_importance(options)
+    method = _method(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     if repository is None:
         model: str | Path = source_of(parsed.model, quiet=options.quiet)
     else:
         model = fetched(repository, quiet=options.quiet)
-    with open_source(model, quiet=options.quiet) as source:
+    with open_source(model, quiet=options.quiet) as source, ExitStack() as stack:
+        text = _measure_text(source, options)
 
-        def planned(importance: Importance | None) -> Plan:
+        def planned(importance: Importance | None, calibrated: Calibrated | None = None) -> Plan:
             plan = plan_quantize(
                 source,
                 parsed.target,
@@ -86,26 +107,46 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 overrides=overrides,
                 allow_requantize=options.allow_requantize,
                 importance=importance,
+                calibrated=calibrated,
                 prune=prune,
                 dry_run=options.dry_run,
             )
+            plan = replace(plan, quality=None if text is None else text.unknown(source.name))
             return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
 
-        if options.calibrate is not None:
-            plan = _calibrated(source, options.calibrate, options, parsed.threads, planned)
-        else:
-            plan = planned(None if options.imatrix is None else _opened(options.imatrix, options))
+        plan = _assumed(source, options, method, planned)
         if options.dry_run:
             print_plan(plan)
             return 0
+        _check(plan, options, method)
+        original = Original(source, plan.path.absolute().parent, threads=parsed.threads, quiet=options.quiet)
+        stack.enter_context(original)
+        tokens = None if text is None else text.check(original.path())
+        maker: Maker | None = None
+        if method == "feedback":
+            plan, maker = _fed_back(original, options, parsed.threads, tokens, planned, stack)
+        elif method == "imatrix" and options.calibrate is not None:
+            plan = _calibrated(original, options.calibrate, options, parsed.threads, tokens, planned)
         with ConversionBar(quiet=options.quiet) as bar:
+
+            def measure(file: Path) -> Quality:
+                from phiquant.cli.measuring import measured  # loads the engine, which quantizing does without
+
+                assert text is not None
+                bar.stop()
+                return measured(
+                    file, original.path(), text, called=source.name, threads=parsed.threads, quiet=options.quiet
+                )
+
             report = execute(
                 plan,
                 threads=parsed.threads,
                 keep_nan=options.keep_nan,
                 resume=options.resume,
                 max_memory=options.max_memory,
+                measure=None if text is None else measure,
                 progress=bar,
+                maker=maker,
             )
     if not options.quiet:
         print_report(report)
@@ -135,48 +176,156 @@ def _names_a_type(text: str) -> bool:
     return True
 
 
-def _check_importance(options: QuantizeOptions) -> None:
-    """Before anything is read: what the options say of importance makes sense."""
-    if options.imatrix is not None and options.calibrate is not None:
+def _method(options: QuantizeOptions) -> str:
+    """How weights are rounded, once what the options say of it makes sense; nothing has been read yet."""
+    text, reads = options.calibrate, options.calibrate is not None or options.statistics is not None
+    method = options.method or ("feedback" if reads else "imatrix" if options.imatrix is not None else "plain")
+    if method not in METHODS:
+        raise RequestError(f"--method is {', '.join(METHODS[:-1])} or {METHODS[-1]}, not {method!r}.")
+    if options.imatrix is not None and reads:
         raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
-    if options.imatrix is None and options.calibrate is None:
+    if options.statistics is not None and method != "feedback":
+        raise RequestError(f"--statistics is for --method feedback, not {method}; leave it out.")
+    if method == "feedback" and not reads:
+        raise RequestError("--method feedback needs a text that the model reads; give one with --calibrate TEXT.")
+    if method == "imatrix" and text is None and options.imatrix is None:
+        raise RequestError("--method imatrix needs --imatrix FILE, or --calibrate TEXT to make one of.")
+    if options.calibration_tokens is not None and (text is None or method == "plain"):
+        raise RequestError("--calibration-tokens counts tokens of a text; give one with --calibrate TEXT.")
+    if method == "plain" or not (reads or options.imatrix):
         for name, given in (("include", options.include_weights), ("exclude", options.exclude_weights)):
             if given:
                 raise RequestError(
                     f"--{name}-weights chooses entries of an importance matrix; pass one with --imatrix."
                 )
+    if method == "plain" and options.imatrix is not None:
+        raise RequestError("--method plain uses no importance matrix; leave out --imatrix or choose another method.")
+    return method
 
 
 def _opened(path: Path, options: QuantizeOptions) -> Importance:
     return Importance.open(path, options.include_weights, options.exclude_weights)
 
 
-def _calibrated(
-    source: Source, text: Path, options: QuantizeOptions, threads: int, planned: Callable[[Importance | None], Plan]
-) -> Plan:
-    """The plan with importance collected from a text; whatever would be refused after that is refused before."""
-    from phiquant.cli import calibration  # loads the engine, which quantizing does without
-
-    include, exclude = options.include_weights, options.exclude_weights
-    plan = planned(calibration.assumed_importance(source, text, include=include, exclude=exclude))
-    if options.dry_run:
-        return plan
-    if all(tensor.importance is None for tensor in plan.tensors):
-        raise RequestError(
-            f"--calibrate {text}: no type of {plan.path.name} depends on importance; leave the option out."
+def _measure_text(source: Source, options: QuantizeOptions) -> MeasureText | None:
+    """What the output is to be measured on; None if it is not to be measured."""
+    if options.measure_text is not None and not options.measure:
+        raise RequestError("--measure-text and --no-measure contradict each other; give one.")
+    path = options.measure_text or options.calibrate
+    if path is None or not options.measure:
+        return None
+    notices = Notices(quiet=options.quiet)
+    quantized = next((tensor for tensor in source.tensors if tensor.type.is_quantized), None)
+    if quantized is not None:
+        sentence = f"{source.files[0]} is quantized already ({quantized.name} is {quantized.type.name})"
+        if options.measure_text is not None:
+            raise RequestError(f"{sentence}, and nothing is measured beside it; leave out --measure-text.")
+        notices.note(f"{sentence}, so the result is not measured beside it")
+        return None
+    if options.measure_text is None and options.statistics is not None and options.statistics.exists():
+        notices.note(
+            f"{options.statistics} does not say which end of {path} it was not collected on, so the result is not "
+            "measured; --measure-text does that"
         )
-    check_space(plan.path, plan.size)
+        return None
+    from phiquant.cli.measuring import MeasureText  # loads the engine, which quantizing does without
+
+    return MeasureText.read(path, held_out=options.measure_text is None)
+
+
+def _assumed(
+    source: Source,
+    options: QuantizeOptions,
+    method: str,
+    planned: Callable[[Importance | None, Calibrated | None], Plan],
+) -> Plan:
+    """The plan; where something is yet to be collected, with what is only assumed of it: the sizes are right."""
+    include, exclude = options.include_weights, options.exclude_weights
+    if method == "feedback":
+        from phiquant.cli import calibration  # loads the engine, which quantizing does without
+
+        return planned(
+            None,
+            calibration.assumed_calibration(options.calibrate, options.statistics, include=include, exclude=exclude),
+        )
+    if method == "imatrix" and options.calibrate is not None:
+        from phiquant.cli import calibration
+
+        return planned(
+            calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude), None
+        )
+    return planned(None if options.imatrix is None else _opened(options.imatrix, options), None)
+
+
+def _check(plan: Plan, options: QuantizeOptions, method: str) -> None:
+    """Whatever would be refused after a calibration is refused before."""
+    if (
+        method == "imatrix"
+        and options.calibrate is not None
+        and not any(t.importance is not None for t in plan.tensors)
+    ):
+        raise RequestError(
+            f"--calibrate {options.calibrate}: no type of {plan.path.name} depends on importance; leave the option out."
+        )
+    if method == "feedback" or options.calibrate is not None or plan.quality is not None:
+        check_space(plan.path, plan.size)
+
+
+def _calibrated(
+    original: Original,
+    text: Path,
+    options: QuantizeOptions,
+    threads: int,
+    most: int | None,
+    planned: Callable[[Importance | None], Plan],
+) -> Plan:
+    """The plan with importance collected from a text, of its first `most` tokens if that is a number."""
+    from phiquant.cli import calibration
+
     return planned(
         calibration.calibrated_importance(
-            source,
+            original,
             text,
-            include=include,
-            exclude=exclude,
-            folder=plan.path.absolute().parent,
+            include=options.include_weights,
+            exclude=options.exclude_weights,
+            tokens=_fewest(options.calibration_tokens, most),
             threads=threads,
             quiet=options.quiet,
         )
     )
+
+
+def _fed_back(
+    original: Original,
+    options: QuantizeOptions,
+    threads: int,
+    most: int | None,
+    planned: Callable[[Importance | None, Calibrated | None], Plan],
+    stack: ExitStack,
+) -> tuple[Plan, Maker | None]:
+    """The plan with error feedback, and what makes its weights; `most` as for `_calibrated`."""
+    from phiquant.cli import calibration
+
+    tokens = _fewest(DEFAULT_TOKENS if options.calibration_tokens is None else options.calibration_tokens, most)
+    assert tokens is not None
+    calibrated, maker = stack.enter_context(
+        calibration.feedback(
+            original,
+            options.calibrate,
+            tokens=tokens,
+            statistics=options.statistics,
+            include=options.include_weights,
+            exclude=options.exclude_weights,
+            threads=threads,
+            quiet=options.quiet,
+        )
+    )
+    return planned(None, calibrated), maker
+
+
+def _fewest(*counts: int | None) -> int | None:
+    """The smallest of the numbers; None if there is none."""
+    return min((count for count in counts if count is not None), default=None)
 
 
 def _listed_types(path: Path | None) -> list[str]:

@@ -13,6 +13,13 @@ from phiquant.errors import GGUFError
 
 __all__ = ["verify"]
 
+_QUALITIES = {
+    "none": "",
+    "matches": "; the quality recorded is of these weights",
+    "of another file": "; the quality recorded is of other weights, copied by the program that wrote the file",
+    "not checked": "; the quality recorded does not tell of which weights it is",
+}
+
 _CHECKSUMS = {
     "matches": "the checksum matches",
     "none": "no checksum is recorded",
@@ -41,7 +48,7 @@ def verify(path: Path, *, as_json: bool = False, threads: int = 0, quiet: bool =
         parts = f" in {verdict.parts} parts" if verdict.parts > 1 else ""
         print(
             f"{path}: {verdict.tensors} tensors{parts}, {verdict.nbytes:,} bytes, are sound; "
-            f"{_CHECKSUMS.get(verdict.checksum, verdict.checksum)}"
+            f"{_CHECKSUMS.get(verdict.checksum, verdict.checksum)}{_QUALITIES.get(verdict.quality, '')}"
         )
     if verdict.findings:
         raise GGUFError(printable(verdict.findings[0].sentence))

@@ -37,7 +37,7 @@ class Journal:
         """`plan`: the fingerprint; `sync` waits until the disk has what was written to the output."""
         self.path = Path(f"{kept_path(target)}.json")
         self.found = False  # a journal of another plan was there
-        self._plan = plan
+        self.plan = plan
         self._sync = sync
         self._lock = threading.Lock()
         self._waiting: list[str] = []
@@ -56,7 +56,7 @@ class Journal:
         try:
             self._descriptor = os.open(self.path, flags if self._known else flags | os.O_TRUNC, 0o666)
             # After a line cut short the next one begins on a line of its own.
-            self._append(["", json.dumps({"plan": self._plan})])
+            self._append(["", json.dumps({"plan": self.plan})])
         except OSError as error:
             raise _refused(self.path, error) from error
 
@@ -71,7 +71,7 @@ class Journal:
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
-                if "plan" in entry and entry["plan"] != self._plan:
+                if "plan" in entry and entry["plan"] != self.plan:
                     self.found = True
                     return {}
                 if "tensor" in entry:
@@ -84,6 +84,11 @@ class Journal:
             self._waiting.append(json.dumps({"tensor": tensor, "hash": digest.hex()}))
             if monotonic() - self._last > _PAUSE:
                 self._flush()
+
+    def flush(self) -> None:
+        """Have on the disk what was noted."""
+        with self._lock:
+            self._flush()
 
     def _flush(self) -> None:
         lines, self._waiting = self._waiting, []

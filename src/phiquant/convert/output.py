@@ -1,7 +1,9 @@
 """What a run writes: one file or several parts, summed up as they are written, and continued where a run ended."""
 
 import contextlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -9,18 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from phiquant.convert.journal import Journal, fingerprint
-from phiquant.convert.plan import Plan, checksum_entries
+from phiquant.convert.plan import Plan, checksum_entries, quality_entries
 from phiquant.convert.recipes import PlannedTensor
-from phiquant.errors import GGUFError, WeightsError
+from phiquant.errors import GGUFError, OutputError, WeightsError
 from phiquant.gguf import GGUFWriter, keys
 from phiquant.gguf.checksum import PREFIX, Checksum, Piece, Summed, pieces
 from phiquant.gguf.output import check_space
+from phiquant.gguf.quality import Quality
 
 __all__ = ["Output"]
 
 
 class Output:
-    """The files of a plan, written piece by piece from any thread: `begin`, `adopt`, `write`, `commit`.
+    """The files of a plan, written piece by piece from any thread: `begin`, `adopt`, `write`, `readable`, `commit`.
 
     A context manager: left early, it removes what it wrote; with `resume` it leaves it for a later run, unless weights
     were refused.
@@ -35,7 +38,8 @@ class Output:
         self._holders: dict[str, GGUFWriter] = {}
         self.remarks: list[str] = []
         for part in self._parts:
-            writer = GGUFWriter(part.path, protect=plan.source.files, overwrite=overwrite, keep=resume)
+            protected = () if plan.in_place else plan.source.files
+            writer = GGUFWriter(part.path, protect=protected, overwrite=overwrite, keep=resume)
             self._files.append(writer)
             for entry in part.entries:
                 writer.add(entry.key, entry.value, entry.type, entry.item_type)
@@ -85,6 +89,36 @@ class Output:
             self.remarks.append(f"{len(adopted)} of {len(self._plan.tensors)} tensors are done by an earlier run")
         return adopted
 
+    def read(self, tensor: PlannedTensor) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor that `adopt` named; OutputError if they cannot be read any more."""
+        data = np.empty(tensor.nbytes, np.uint8)
+        if not self._holders[tensor.name].read_into(tensor.name, 0, data):
+            raise OutputError(f"{self._plan.path} cannot be read while it is written; run again without --resume.")
+        return data
+
+    def write_whole(self, tensor: PlannedTensor, data: npt.NDArray[np.uint8]) -> None:
+        """Write all of a tensor, in its type, uint8 [nbytes]."""
+        at = 0
+        for piece in pieces(tensor.shape):
+            size = piece.nbytes(tensor.type)
+            self.write(tensor, piece, data[at : at + size])
+            at += size
+
+    def settle(self) -> None:
+        """With `resume`: wait until the disk has what was written, and the journal says so."""
+        if self._journal is not None:
+            self._journal.flush()
+
+    @property
+    def kept(self) -> bool:
+        """Whether what is done stays for a later run when this one ends early."""
+        return self._journal is not None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the bytes of the output depend on; with `resume` only."""
+        return self._journal.plan if self._journal is not None else ""
+
     def write(self, tensor: PlannedTensor, piece: Piece, data: npt.NDArray[np.uint8]) -> None:
         """Write a piece of a tensor, in the tensor's type."""
         self._holders[tensor.name].write(tensor.name, data, piece.start(tensor.type, tensor.shape[-1]))
@@ -96,12 +130,29 @@ class Output:
         for writer in self._files:
             writer.sync()
 
-    def commit(self) -> None:
-        """Record the checksum and give the files their names, the first part last.
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[Path]:
+        """A path by which the model can be opened when its tensors are written, before it has its name."""
+        if len(self._files) == 1:
+            yield self._files[0].unfinished_path
+            return
+        # Parts are found by their names, which are not theirs yet.
+        with tempfile.TemporaryDirectory(prefix="phiquant-parts-") as folder:
+            for part, writer in zip(self._parts, self._files, strict=True):
+                (Path(folder) / part.path.name).symlink_to(writer.unfinished_path.absolute())
+            yield Path(folder) / self._parts[0].path.name
 
-        GGUFError if tensors were copied and are not what the source's own checksum was made of.
+    def commit(self, quality: Quality | None = None) -> None:
+        """Record checksum and quality, and give the files their names, the first part last.
+
+        `quality`: what was measured, where the plan only has a place for it. GGUFError if tensors were copied and are
+        not what the source's own checksum was made of.
         """
         text, parts = self._checksum.text(), self._checksum.parts()
+        quality = quality or self._plan.quality
+        if quality is not None:
+            for entry in quality_entries(quality, text):
+                self._files[0].replace(entry.key, entry.value, entry.type, entry.item_type)
         if self._plan.copied:
             self._compare(text)
         else:

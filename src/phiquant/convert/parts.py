@@ -9,9 +9,10 @@ from phiquant.convert.plan import Plan, padded
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.convert.source import GGUFSource
 from phiquant.errors import RequestError
+from phiquant.gguf.quality import Quality
 from phiquant.gguf.split import MAX_PARTS, divide, part_path, split_name
 
-__all__ = ["WHOLE", "Division", "in_parts", "keep_parts", "plan_merge", "plan_split"]
+__all__ = ["WHOLE", "Division", "in_parts", "keep_parts", "plan_merge", "plan_recorded", "plan_split"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ def plan_merge(source: GGUFSource, path: Path) -> Plan:
     if len(source.part_sizes) < 2:
         raise RequestError(f"{source.files[0]} is not the first part of a split model, so there is nothing to merge.")
     return _copy(source, path)
+
+
+def plan_recorded(source: GGUFSource, path: Path | None, quality: Quality) -> Plan:
+    """Plan a copy of a model with a quality in its metadata: at `path`, or in the place of the source, in its parts."""
+    plan = replace(_copy(source, path or source.files[0]), quality=quality, in_place=path is None)
+    return keep_parts(plan) if len(source.part_sizes) > 1 else plan
 
 
 def _copy(source: GGUFSource, path: Path) -> Plan:

@@ -23,13 +23,21 @@ from phiquant.convert.recipes import (
     plan_quantization,
 )
 from phiquant.convert.source import CheckpointSource, GGUFSource, Source, model_of
-from phiquant.convert.weighing import Importance, importance_entries, missing_importance, weigh
+from phiquant.convert.weighing import (
+    Calibrated,
+    Importance,
+    importance_entries,
+    mark_calibrated,
+    missing_importance,
+    weigh,
+)
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf import FileType, GGMLType, ValueType, keys
 from phiquant.gguf.checksum import DIGITS
+from phiquant.gguf.quality import Quality, is_quality_key
 from phiquant.gguf.split import part_path, split_name
 
-__all__ = ["Part", "Plan", "checksum_entries", "padded", "plan_convert", "plan_quantize"]
+__all__ = ["Part", "Plan", "checksum_entries", "padded", "plan_convert", "plan_quantize", "quality_entries"]
 
 _ALIGNMENT = 32
 _CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -75,7 +83,8 @@ class Plan:
     """An output in every detail; `tensors` in the file's order.
 
     `part_sizes`: how many tensors each part of a split output holds, and `path` is the first part; `copied`: tensors
-    and metadata are the source's, to the byte; `remarks`: what the user should know.
+    and metadata are the source's, to the byte; `remarks`: what the user should know; `quality`: that there will be such
+    figures, or with `copied` these figures; `in_place`: the output may take the source's place.
     """
 
     source: Source
@@ -86,15 +95,20 @@ class Plan:
     remarks: Sequence[str] = ()
     part_sizes: tuple[int, ...] = ()
     copied: bool = False
+    quality: Quality | None = None
+    in_place: bool = False
 
     @property
     def parts(self) -> list[Part]:
-        """The files to be written; the checksum is not known yet, and as long as it will be."""
-        if self.copied:
-            entries = list(self.entries)
-        else:
-            ours = (*_CHECKSUM_KEYS, *_SPLIT_KEYS)
-            entries = [entry for entry in self.entries if entry.key not in ours]
+        """The files to be written; checksum and quality are not known yet, and as long as they will be."""
+        entries = list(self.entries)
+        if not self.copied:
+            entries = [entry for entry in entries if entry.key not in (*_CHECKSUM_KEYS, *_SPLIT_KEYS)]
+        if self.quality is not None or not self.copied:
+            entries = [entry for entry in entries if not is_quality_key(entry.key)]
+        if self.quality is not None:
+            entries += quality_entries(self.quality)
+        if not self.copied:
             entries += checksum_entries("0" * DIGITS, np.zeros(len(self.tensors), np.uint64))
         if not self.part_sizes:
             return [Part(self.path, self.tensors, entries)]
@@ -143,6 +157,11 @@ def checksum_entries(text: str, parts: npt.NDArray[np.uint64]) -> list[Entry]:
     return [string(keys.CHECKSUM, text), Entry(keys.TENSOR_CHECKSUMS, ValueType.ARRAY, parts, ValueType.UINT64)]
 
 
+def quality_entries(quality: Quality, weights: str = "0" * DIGITS) -> list[Entry]:
+    """The keys of a quality; `weights`: the checksum of what was measured."""
+    return [Entry(*pair) for pair in quality.pairs(weights)]
+
+
 def plan_convert(source: CheckpointSource, outtype: str, path: Path | None) -> Plan:
     """Plan `phiquant convert`: auto, f32, f16, bf16, q8_0 by the converter's rules, other types by llama-quantize's."""
     name = outtype.strip().lower()
@@ -164,14 +183,16 @@ def plan_quantize(
     overrides: Iterable[Entry] = (),
     allow_requantize: bool = False,
     importance: Importance | None = None,
+    calibrated: Calibrated | None = None,
     prune: Sequence[int] = (),
     dry_run: bool = False,
 ) -> Plan:
     """Plan `phiquant quantize`. A checkpoint is planned as if it had been converted without loss first.
 
-    `prune`: layers to leave out. What `execute` could not do well is refused (RequestError for weights that need
-    importance and have none, WeightsError for those that are quantized already, ImportanceError for a matrix that does
-    not fit); with `dry_run` the first becomes a remark.
+    `prune`: layers to leave out; `calibrated`: instead of `importance`, that a `Maker` makes the weights. What
+    `execute` could not do well is refused (RequestError for weights that need importance and have none, WeightsError
+    for those that are quantized already, ImportanceError for a matrix that does not fit); with `dry_run` the first
+    becomes a remark.
     """
     origin = str(source.files[0])
     check_options(target, options)
@@ -186,7 +207,8 @@ def plan_quantize(
     tensors = [Tensor(name, t.shape, t.type) for name, t in stored.items()]
     if isinstance(source, CheckpointSource):
         tensors = [Tensor(t.name, t.shape, _lossless(t)) for t in tensors]
-    planned = plan_quantization(tensors, target, model, options, importance=importance is not None)
+    with_statistics = importance is not None or calibrated is not None
+    planned = plan_quantization(tensors, target, model, options, importance=with_statistics)
     if not any(tensor.nbytes for tensor in planned):
         raise WeightsError(f"{origin} holds no weights.")
     if not allow_requantize:
@@ -196,7 +218,11 @@ def plan_quantize(
     if importance is not None:
         planned, remarks = weigh(planned, importance, (tensor.name for tensor in source.tensors))
         entries = apply_overrides(entries, importance_entries(importance))
-    with_matrix = None if importance is None else importance.origin
+    if calibrated is not None:
+        planned, remarks = mark_calibrated(planned, calibrated)
+        remarks = [*calibrated.remarks, *remarks]
+        entries = apply_overrides(entries, calibrated.entries)
+    with_matrix = calibrated.origin if calibrated else importance.origin if importance else None
     refusal = missing_importance(planned, target, _model_for_imatrix(source), with_matrix)
     if refusal is not None:
         if not dry_run:

@@ -77,7 +77,7 @@ class PlannedTensor:
     """A tensor's type in the output, and a sentence if its shape did not allow the type that was wanted.
 
     `origin`: its name in the source, where that is another; `importance`: float32 [matrices, columns] of the weights,
-    with which it is quantized.
+    with which it is quantized; `calibrated`: it is made of what the model computes on a text, by a `Maker` of its own.
     """
 
     name: str
@@ -86,6 +86,7 @@ class PlannedTensor:
     type: GGMLType
     fallback: str | None = None
     origin: str = ""
+    calibrated: bool = False
     importance: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     @property

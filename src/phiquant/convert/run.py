@@ -6,7 +6,7 @@ its name only when every byte is written.
 
 import os
 import threading
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +29,9 @@ from phiquant.convert.source import CheckpointSource, open_source
 from phiquant.convert.weighing import Importance
 from phiquant.errors import RequestError, WeightsError
 from phiquant.gguf.checksum import Piece, pieces
+from phiquant.gguf.quality import Quality
 
-__all__ = ["Progress", "Report", "convert", "execute", "quantize"]
+__all__ = ["Maker", "Progress", "Report", "convert", "execute", "quantize"]
 
 _Bytes = npt.NDArray[np.uint8]
 _MAX_THREADS = 512
@@ -49,12 +50,23 @@ class Progress(Protocol):
         """So many bytes of the source need not be done again; only called where an earlier run is continued."""
 
 
+class Maker(Protocol):
+    """Makes the tensors of a plan that are `calibrated`."""
+
+    def make(self, plan: Plan, output: Output, done: Container[str], progress: Progress | None) -> None:
+        """Write every one of them that is not `done`, once all other tensors are written."""
+
+    def discard(self, plan: Plan) -> None:
+        """The output is finished, or given up: remove what was kept for a later run."""
+
+
 @dataclass(frozen=True)
 class Report:
-    """What was done: the plan and the seconds it took."""
+    """What was done: the plan, the seconds it took, without those of measuring, and what was measured."""
 
     plan: Plan
     seconds: float
+    quality: Quality | None = None
 
 
 def convert(
@@ -141,13 +153,16 @@ def execute(
     resume: bool = False,
     max_memory: int | None = None,
     overwrite: bool = True,
+    measure: Callable[[Path], Quality] | None = None,
     progress: Progress | None = None,
+    maker: Maker | None = None,
 ) -> Report:
-    """Carry out a plan whose source is open.
+    """Carry out a plan whose source is open; `maker` makes what is calibrated in it.
 
     `threads`: None or 0 takes one for each core. `keep_nan`: NaN and infinity in weights are no error. `resume`: keep
     what is done when the run is interrupted, and continue what such a run left; the result is the same to the byte.
-    `max_memory`: bytes of resident memory at most, None for `memory.DEFAULT_LIMIT`.
+    `max_memory`: bytes of resident memory at most, None for `memory.DEFAULT_LIMIT`. `measure`: for a plan with a place
+    for a quality, is given a path by which the file can be read that has no name yet; if it fails, there is no file.
     """
     count = threads or os.cpu_count() or 1
     if not 0 < count <= _MAX_THREADS:
@@ -161,10 +176,24 @@ def execute(
         adopted = output.adopt(lambda tensor: _advance(progress, tensor))
         if adopted and progress is not None:
             progress.resumed(sum(t.source_bytes for t in plan.tensors if t.name in adopted))
-        _Run(plan, output, adopted, keep_nan or plan.copied, progress).join(count)
-        output.commit()
+        calibrated = {tensor.name for tensor in plan.tensors if tensor.calibrated}
+        _Run(plan, output, adopted | calibrated, keep_nan or plan.copied, progress).join(count)
+        if maker is not None:
+            try:
+                maker.make(plan, output, adopted, progress)
+            except WeightsError:
+                maker.discard(plan)
+                raise
+        seconds = perf_counter() - started
+        quality = None
+        if measure is not None:
+            with output.readable() as path:
+                quality = measure(path)
+        output.commit(quality)
+        if maker is not None:
+            maker.discard(plan)
     plan = replace(plan, remarks=[*plan.remarks, *output.remarks])
-    return Report(plan, perf_counter() - started)
+    return Report(plan, seconds, quality)
 
 
 def _advance(progress: Progress | None, tensor: PlannedTensor) -> None:

@@ -15,6 +15,7 @@ from phiquant.convert.positioned import PositionedFile
 from phiquant.errors import GGUFError
 from phiquant.gguf import GGUFFile, TensorInfo, keys, open_model
 from phiquant.gguf.checksum import PREFIX, Checksum, Piece, Summed, pieces, table_hash
+from phiquant.gguf.quality import is_quality_key
 from phiquant.quants.validity import bad_blocks
 
 __all__ = ["Finding", "Verdict", "verify"]
@@ -35,7 +36,8 @@ class Finding:
 class Verdict:
     """What was found in a file: `parts`, `tensors` and bytes of tensor data that were read, and the `findings`.
 
-    `checksum` is "of another file" where a program that does not know the key has copied it to other weights.
+    `checksum` is "of another file" where a program that does not know the key has copied it to other weights; `quality`
+    says the same of recorded figures, "not checked" of those that name no weights.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Verdict:
     tensors: int = 0
     nbytes: int = 0
     checksum: Recorded = "not checked"
+    quality: Recorded = "none"
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -77,6 +80,7 @@ def verify(
             len(model.tensors),
             sum(info.nbytes for info in model.tensors.values()),
             checksum,
+            _quality(model, run.checksum),
             [*_lengths(model), *run.findings(), *differing],
         )
 
@@ -160,6 +164,16 @@ class _Run:
                     info.name,
                     first,
                 )
+
+
+def _quality(model: GGUFFile, checksum: Checksum) -> Recorded:
+    """Whether the figures that a file records are of its weights."""
+    if not any(is_quality_key(key) for key in model.fields):
+        return "none"
+    weights = model.fields.get(keys.QUALITY_WEIGHTS)
+    if weights is None or not isinstance(weights.value, str):
+        return "not checked"
+    return "matches" if weights.value == checksum.text() else "of another file"
 
 
 def _compared(model: GGUFFile, checksum: Checksum) -> tuple[Recorded, list[Finding]]:

@@ -1,6 +1,7 @@
 """Importance in a quantization: which weights it reaches, what is refused without it, what the file says of it."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,17 @@ from phiquant.convert.mixture import is_embedding, needs_importance
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.errors import ImportanceError, RequestError
 from phiquant.gguf import keys
+from phiquant.kernels.feedback import SUPPORTED
 
-__all__ = ["Importance", "importance_entries", "missing_importance", "partial_run", "weigh"]
+__all__ = [
+    "Calibrated",
+    "Importance",
+    "importance_entries",
+    "mark_calibrated",
+    "missing_importance",
+    "partial_run",
+    "weigh",
+]
 
 _MAX_TEXT = 127  # bytes that llama-quantize records of a name
 
@@ -56,6 +66,61 @@ class Importance:
         if not kept.entries:
             raise RequestError(f"--exclude-weights leaves no entry of {origin}; quantize without importance instead.")
         return cls(kept, origin)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """That weights are made of what a model computes on a text: which, and what the file says of it.
+
+    `origin`: the text; `include`, `exclude`: parts of names as for `Importance.chosen`; `remarks`: for the user.
+    """
+
+    origin: str
+    entries: Sequence[Entry]
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+    def wanted(self, name: str) -> bool:
+        """Whether a weight of this name is: one of a block, or the output, if it is chosen."""
+        return (
+            (name.startswith("blk.") or name == "output.weight")
+            and (not self.include or any(part in name for part in self.include))
+            and not any(part in name for part in self.exclude)
+        )
+
+
+def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) -> tuple[list[PlannedTensor], list[str]]:
+    """Mark the weights of a plan that are quantized and wanted, and say what the user should know of it.
+
+    RequestError if calibration changes none of them.
+    """
+    if calibrated.include and calibrated.exclude:
+        raise RequestError("--include-weights and --exclude-weights cannot be used together.")
+    for option, parts in (("--include-weights", calibrated.include), ("--exclude-weights", calibrated.exclude)):
+        for part in parts:
+            if not any(part in tensor.source_name for tensor in planned):
+                example = planned[-1].source_name
+                raise RequestError(f"{option} {part}: no weight has this in its name; names are like {example}.")
+    marked = []
+    for tensor in planned:
+        changes = tensor.type.is_quantized and tensor.type is not tensor.source
+        marked.append(replace(tensor, calibrated=changes and calibrated.wanted(tensor.source_name)))
+    if not any(t.calibrated and (t.type in SUPPORTED or t.type not in quants.IMPORTANCE_IGNORED) for t in marked):
+        raise RequestError(
+            f"--calibrate {calibrated.origin}: no weight of this file would be rounded by it; leave the option out."
+        )
+    return marked, _ways(marked)
+
+
+def _ways(marked: Iterable[PlannedTensor]) -> list[str]:
+    """Notes on the types that error feedback does not make."""
+    others = Counter(t.type for t in marked if t.calibrated and t.type not in SUPPORTED)
+    return [
+        f"{count} weights become {type.name}, which is not made by error feedback: they are "
+        + ("rounded as without calibration" if type in quants.IMPORTANCE_IGNORED else "weighed by importance instead")
+        for type, count in others.items()
+    ]
 
 
 def weigh(
@@ -142,7 +207,7 @@ def missing_importance(
     `model`: the source, to be named in the command that makes a matrix; `origin`: the matrix, if there is one.
     """
     for tensor in planned:
-        if tensor.importance is None and tensor.type is not tensor.source:
+        if tensor.importance is None and not tensor.calibrated and tensor.type is not tensor.source:
             needed = needs_importance(tensor.name, tensor.type, target.file_type)
             if needed or tensor.type in quants.IMPORTANCE_REQUIRED:  # embedding and output too
                 lack = f"{tensor.name} would become {tensor.type.name}, which is useless without an importance matrix"

@@ -161,6 +161,12 @@ class Measurement:
             self._same.reshape(-1),
         )
 
+    @property
+    def by_position(self) -> NDArray[np.float64]:
+        """Mean divergence of each scored position of a window, over all windows; only with a base."""
+        mean: NDArray[np.float64] = self._divergences.mean(axis=0)
+        return mean
+
     def running(self, windows: int) -> Perplexity:
         """Of the first windows, which have been read."""
         return Perplexity.of(self._losses[:windows].reshape(-1))

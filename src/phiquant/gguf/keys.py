@@ -67,6 +67,21 @@ QUANTIZE_IMATRIX_DATASET: Final = "quantize.imatrix.dataset"
 QUANTIZE_IMATRIX_ENTRIES: Final = "quantize.imatrix.entries_count"
 QUANTIZE_IMATRIX_CHUNKS: Final = "quantize.imatrix.chunks_count"
 
+# of a model that was quantized by what it computes on a text: how, how many tokens, which
+QUANTIZE_METHOD: Final = "phiquant.quantize.method"
+QUANTIZE_TOKENS: Final = "phiquant.quantize.tokens"
+QUANTIZE_DATASET: Final = "phiquant.quantize.dataset"
+QUANTIZE_DATASET_HASH: Final = "phiquant.quantize.dataset_hash"
+QUANTIZE_STATISTICS: Final = "phiquant.quantize.statistics"
+
+# files of statistics: of which model, which of its weights share an entry, and the text
+STATISTICS_MODEL: Final = "phiquant.statistics.model"
+STATISTICS_WEIGHTS: Final = "phiquant.statistics.weights"
+STATISTICS_TOKENS: Final = "phiquant.statistics.tokens"
+STATISTICS_CONTEXT: Final = "phiquant.statistics.context"
+STATISTICS_DATASET: Final = "phiquant.statistics.dataset"
+STATISTICS_DATASET_HASH: Final = "phiquant.statistics.dataset_hash"
+
 # tokenizer
 TOKENIZER_MODEL: Final = "tokenizer.ggml.model"
 TOKENIZER_PRE: Final = "tokenizer.ggml.pre"
@@ -118,6 +133,10 @@ ROPE_ATTENTION_FACTOR_LONG: Final = "phiquant.rope.attention_factor_long"
 # A string and an array of uint64, one for each tensor: `gguf.checksum` says of what.
 CHECKSUM: Final = "phiquant.checksum"
 TENSOR_CHECKSUMS: Final = "phiquant.checksum.tensors"
+
+# What the file's own quality is; `gguf.quality` says which keys begin so, and of what weights the figures are.
+QUALITY: Final = "phiquant.quality."
+QUALITY_WEIGHTS: Final = "phiquant.quality.weights"
 
 
 class ArchitectureKeys:

@@ -90,6 +90,13 @@ class OutputFile:
         return self._temporary is not None
 
     @property
+    def temporary_path(self) -> Path:
+        """Where the unfinished file is; ValueError if there is none."""
+        if self._temporary is None:
+            raise ValueError("there is an unfinished file between begin() and commit() only")
+        return self._temporary
+
+    @property
     def writing(self) -> int:
         """How many threads are within `put`."""
         return len(self._writers)

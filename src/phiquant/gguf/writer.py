@@ -155,6 +155,11 @@ class GGUFWriter:
         """Whether `begin` found the unfinished file of an earlier writer, whose tensors may be adopted."""
         return self._file.kept
 
+    @property
+    def unfinished_path(self) -> Path:
+        """Where the file is between `begin` and `commit`; ValueError before and after."""
+        return self._file.temporary_path
+
     def _header(self) -> bytes:
         parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(self._plans), len(self._pairs)), *self._pairs.values()]
         for name, plan in self._plans.items():

@@ -87,7 +87,7 @@ def pack_signed(scales: Bytes) -> Bytes:
     return np.concatenate((low, np.bitwise_or.reduce(tops, axis=1)), axis=1)
 
 
-def _pairs(blocks: Blocks) -> tuple[Bytes, Bytes]:
+def pairs(blocks: Blocks) -> tuple[Bytes, Bytes]:
     """Integer scales and offsets of Q2_K, Q4_K or Q5_K blocks."""
     packed: Bytes = blocks["scales"]
     if packed.shape[1] == 16:
@@ -95,29 +95,29 @@ def _pairs(blocks: Blocks) -> tuple[Bytes, Bytes]:
     return unpack_pairs(packed)
 
 
-def _signed(blocks: Blocks) -> Levels:
+def signed(blocks: Blocks) -> Levels:
     """Integer scales of Q3_K or Q6_K blocks."""
     if "hmask" in (blocks.dtype.names or ()):
         return unpack_signed(blocks["scales"]).astype(np.int32) - 32
     return blocks["scales"].astype(np.int32)
 
 
-def _units(blocks: Blocks) -> tuple[Floats, Floats]:
+def units(blocks: Blocks) -> tuple[Floats, Floats]:
     """Scale and offset of every sub-block, [n, sub-blocks], as the reader computes them."""
-    scale, offset = _pairs(blocks)
+    scale, offset = pairs(blocks)
     return _float(blocks, "d")[:, None] * scale.astype(np.float32), _float(blocks, "dmin")[:, None] * offset.astype(
         np.float32
     )
 
 
 def _read_ranged(blocks: Blocks, planes: tuple[Plane, ...]) -> Floats:
-    scale, offset = _units(blocks)
+    scale, offset = units(blocks)
     times = 256 // scale.shape[1]
     return _spread(scale, times) * split(blocks, planes).astype(np.float32) - _spread(offset, times)
 
 
 def _read_signed(blocks: Blocks, planes: tuple[Plane, ...], centre: int) -> Floats:
-    scale = _float(blocks, "d")[:, None] * _signed(blocks).astype(np.float32)
+    scale = _float(blocks, "d")[:, None] * signed(blocks).astype(np.float32)
     return _spread(scale, 16) * (split(blocks, planes) - centre).astype(np.float32)
 
 
@@ -179,7 +179,7 @@ def _write_ranged(
             blocks[field] = unit
             integers.append(_byte(level))
     blocks["scales"] = integers[0] | (integers[1] << 4) if two_bits else pack_pairs(*integers)
-    scale, offset = (_spread(unit, times).T for unit in _units(blocks))
+    scale, offset = (_spread(unit, times).T for unit in units(blocks))
     again = levels_of((columns + offset) / scale, 0, top)
     levels = np.where(scale != 0, again, np.concatenate([fit[2] for fit in fits]))
     join(blocks, planes, levels.T)
@@ -225,7 +225,7 @@ def _finish_signed(
     x: Floats, columns: Floats, blocks: Blocks, planes: tuple[Plane, ...], centre: int, found: Levels
 ) -> Blocks:
     """Choose the levels again for the scales as stored; sub-blocks whose scale came out zero keep the found ones."""
-    scale = _spread(_float(blocks, "d")[:, None] * _signed(blocks).astype(np.float32), 16).T
+    scale = _spread(_float(blocks, "d")[:, None] * signed(blocks).astype(np.float32), 16).T
     again = levels_of(columns / scale, -centre, centre - 1) + centre
     join(blocks, planes, np.where(scale != 0, again, found).T)
     return blocks.reshape(len(x), -1)

@@ -11,9 +11,9 @@ __all__ = ["GROUPS"]
 
 GROUPS = {
     "files": ("convert", "quantize", "split", "merge", "verify", "inspect"),
-    "models": ("run", "bench", "doctor"),
+    "models": ("run", "compare", "bench", "doctor"),
     "serving": ("serve",),
-    "measures": ("imatrix", "perplexity", "certify"),
+    "measures": ("imatrix", "perplexity", "measure", "report", "certify"),
     "hub": ("pull", "list", "rm"),
 }
 """Which module here declares which verbs; `commands.VERB` imports it, since the others are not needed."""

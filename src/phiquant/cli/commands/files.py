@@ -99,7 +99,45 @@ def quantize(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        Option("--calibrate", metavar="TEXT", help="Collect an importance matrix on this text first, and weigh by it."),
+        Option("--calibrate", metavar="TEXT", help="Let the model read this text, and round for what it computes."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        Option(
+            "--method",
+            metavar="HOW",
+            help="feedback: carry rounding errors on to where they cancel, the default with --calibrate or "
+            "--statistics; imatrix: weigh errors by an importance matrix; plain: neither.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        Option(
+            "--calibration-tokens",
+            metavar="N",
+            min=1,
+            help="Read at most so many tokens of the text; 16384 by default, and all for an importance matrix.",
+        ),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        Option(
+            "--statistics",
+            metavar="FILE",
+            help="For feedback: use what was collected in this file, or collect it there first.",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        Option(
+            "--measure/--no-measure",
+            help="After --calibrate, compare the result with the original on the last tenth of the text, which is then "
+            "kept from the calibration, and record the figures in the file; inspect shows them.",
+        ),
+    ] = True,
+    measure_text: Annotated[
+        Path | None,
+        Option("--measure-text", metavar="TEXT", help="Measure on this text instead, with or without --calibrate."),
     ] = None,
     include_weights: Annotated[
         list[str] | None,
@@ -148,6 +186,11 @@ def quantize(
         tensor_type_file=tensor_type_file,
         imatrix=imatrix,
         calibrate=calibrate,
+        method=method,
+        calibration_tokens=calibration_tokens,
+        statistics=statistics,
+        measure=measure,
+        measure_text=measure_text,
         include_weights=include_weights or [],
         exclude_weights=exclude_weights or [],
         prune_layers=prune_layers,

@@ -1,4 +1,4 @@
-"""Models measured on a text: `imatrix`, `perplexity`, `certify`."""
+"""Models measured on a text: `imatrix`, `perplexity`, `measure`, `report`, `certify`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from .options import CacheType, Checkpoint, HfRepo, Json, Quiet, TextFile, Threads
 
-__all__ = ["certify", "imatrix", "perplexity"]
+__all__ = ["certify", "imatrix", "measure", "perplexity", "report"]
 
 
 def imatrix(
@@ -142,6 +142,116 @@ def perplexity(
             base=base,
             cache_type=cache_type,
             output=output,
+            threads=threads,
+            quiet=quiet,
+        )
+    )
+
+
+def measure(
+    path: Annotated[Path | None, Argument(metavar="[FILE]", help="The GGUF file, whoever made it.")] = None,
+    hf_repo: HfRepo = None,
+    against: Annotated[
+        Path | None,
+        Option("--against", "--reference", metavar="FILE", help="The model it was made from, best F16 or larger."),
+    ] = None,
+    file: TextFile = None,
+    write: Annotated[
+        bool,
+        Option("--write", help="Record the figures in the file, which is written again and takes its own place."),
+    ] = False,
+    outfile: Annotated[
+        Path | None,
+        Option("--outfile", "-o", metavar="FILE", help="Record them in a copy instead, which is written here."),
+    ] = None,
+    ctx_size: Annotated[int, Option("--ctx-size", "-c", metavar="N", min=3, help="Tokens of a window.")] = 512,
+    chunks: Annotated[int, Option("--chunks", metavar="N", help="Read at most N windows; -1: all.")] = -1,
+    chunk: Annotated[
+        int, Option("--chunk", "--from-chunk", metavar="N", min=0, help="Leave out the first N windows.")
+    ] = 0,
+    cache_type: CacheType = "f16",
+    as_json: Json = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how far a file is from the model that it was made from, and record that in the file."""
+    from .. import measure as body
+    from ..models import chosen
+
+    return body.measure(
+        body.MeasureOptions(
+            model=chosen(path, hf_repo, "phiquant measure MODEL.gguf --against MODEL-F16.gguf -f TEXT"),
+            against=against,
+            file=file,
+            write=write,
+            outfile=outfile,
+            ctx_size=ctx_size,
+            chunks=chunks,
+            chunk=chunk,
+            cache_type=cache_type,
+            as_json=as_json,
+            threads=threads,
+            quiet=quiet,
+        )
+    )
+
+
+def report(
+    files: Annotated[list[Path], Argument(metavar="FILES", help="GGUF files of one model, whoever made them.")],
+    reference: Annotated[
+        Path | None,
+        Option("--reference", "--against", metavar="FILE", help="The model they were made from, best F16 or larger."),
+    ] = None,
+    file: TextFile = None,
+    output: Annotated[
+        list[Path] | None,
+        Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where the report is written, .html, or .png with the extra `plot`; may be repeated. Default: "
+            "report.html.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        Option("--imatrix", metavar="FILE", help="Weigh errors of weights by this importance matrix, GGUF or .dat."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What all models continue; may be repeated. Default: the beginning of the text.",
+        ),
+    ] = None,
+    chat: Annotated[bool, Option("--chat/--raw", help="Prompts are messages of a chat.")] = False,
+    n_predict: Annotated[
+        int, Option("--n-predict", "--predict", "-n", metavar="N", help="Tokens of a continuation, at most.")
+    ] = 64,
+    ctx_size: Annotated[int, Option("--ctx-size", "-c", metavar="N", min=3, help="Tokens of a window.")] = 512,
+    chunks: Annotated[int, Option("--chunks", metavar="N", help="Read at most N windows; -1: all.")] = -1,
+    cache_type: CacheType = "f16",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Show files of one model on a page: size against quality, errors by layer and position, types, continuations."""
+    from .. import report as body
+
+    return body.report(
+        body.ReportOptions(
+            files=files,
+            reference=reference,
+            file=file,
+            output=output or [Path("report.html")],
+            imatrix=imatrix,
+            prompts=prompt or (),
+            chat=chat,
+            n_predict=n_predict,
+            ctx_size=ctx_size,
+            chunks=chunks,
+            cache_type=cache_type,
             threads=threads,
             quiet=quiet,
         )

@@ -1,13 +1,13 @@
-"""Models run: `run`, `bench`, and `doctor`."""
+"""Models run: `run`, `compare`, `bench`, and `doctor`."""
 
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
-from .options import CACHE_TYPES, BFloatDot, CacheType, HfRepo, HfRepos, Json, Quiet
+from .options import CACHE_TYPES, BFloatDot, CacheType, HfRepo, HfRepos, Json, Quiet, Threads
 
-__all__ = ["bench", "doctor", "run"]
+__all__ = ["bench", "compare", "doctor", "run"]
 
 
 def run(
@@ -244,6 +244,75 @@ def run(
         quiet=quiet,
     )
     return body.run(options)
+
+
+def compare(
+    first: Annotated[Path, Argument(metavar="A", help="A GGUF file.")],
+    second: Annotated[Path, Argument(metavar="B", help="Another, such as the same model in another type.")],
+    prompt: Annotated[
+        str | None,
+        Option("--prompt", "-p", metavar="TEXT", help="The message that both answer, or the text that both continue."),
+    ] = None,
+    n_predict: Annotated[
+        int, Option("--n-predict", "--predict", "-n", metavar="N", help="Tokens to generate at most.")
+    ] = 64,
+    conversation: Annotated[
+        bool | None,
+        Option(
+            "--conversation/--no-conversation",
+            "--chat/--raw",
+            "-cnv/-no-cnv",
+            help="Chat, or continue the prompt as it is; by default a chat if both models have a chat template.",
+        ),
+    ] = None,
+    system_prompt: Annotated[
+        str | None, Option("--system-prompt", "-sys", metavar="TEXT", help="The system message of the chat.")
+    ] = None,
+    escape: Annotated[
+        bool, Option("--escape/--no-escape", "-e", help=r"Replace \n, \t, \xC3 ... in the prompt.")
+    ] = True,
+    temp: Annotated[
+        float, Option("--temp", "--temperature", metavar="T", min=0, help="Randomness; 0: always the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, Option("--seed", "-s", metavar="N", min=0, help="Of chance, the same for both.")] = 0,
+    top_k: Annotated[int, Option("--top-k", metavar="N", min=0, help="Keep the N likeliest tokens; 0: all.")] = 40,
+    top_p: Annotated[
+        float, Option("--top-p", metavar="P", min=0, max=1, help="Keep the likeliest with this share; 1: all.")
+    ] = 0.95,
+    min_p: Annotated[
+        float, Option("--min-p", metavar="P", min=0, max=1, help="Drop what is rarer than P times the likeliest.")
+    ] = 0.05,
+    ctx_size: Annotated[
+        int, Option("--ctx-size", "-c", metavar="N", min=0, help="Tokens kept in mind; 0: all that the model can.")
+    ] = 4096,
+    cache_type: CacheType = "f16",
+    output: Annotated[str, Option("--output", "-o", metavar="FORM", help="text or json.")] = "text",
+    threads: Threads = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Show what two models make of a prompt, side by side, where they part, and how sure they were there."""
+    from .. import compare as body
+
+    return body.compare(
+        body.CompareOptions(
+            models=(first, second),
+            prompt=prompt,
+            n_predict=n_predict,
+            conversation=conversation,
+            system_prompt=system_prompt,
+            escape=escape,
+            temperature=temp,
+            seed=seed,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            ctx_size=ctx_size,
+            cache_type=cache_type,
+            output=output,
+            threads=threads,
+            quiet=quiet,
+        )
+    )
 
 
 def bench(

@@ -16,6 +16,7 @@ from . import (
     attention,
     combine,
     expert_matmul,
+    keep,
     layer_norm,
     library,
     matmul,
@@ -200,6 +201,9 @@ class Binder:
             case ops.SumSquares():
                 routes = self.routes[id(op.route)] if op.route else None
                 return [sum_squares.bind(at["x"], op.sums, op.counts, routes=routes)]
+            case ops.Keep():
+                routes = self.routes[id(op.route)] if op.route else None
+                return [keep.bind(at["x"], op.kept, op.chosen, routes)]
         raise KernelError(f"the CPU backend does not know the operation {type(op).__name__}")
 
 

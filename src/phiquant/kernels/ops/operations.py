@@ -24,6 +24,7 @@ __all__ = [
     "Embed",
     "ExpertMatMul",
     "GeGELU",
+    "Keep",
     "LayerNorm",
     "MatMul",
     "Operation",
@@ -325,6 +326,21 @@ class SumSquares:
     route: Route | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """kept[t] = x[t] for the rows of the step; with `route` chosen[r] = the expert of route r.
+
+    What a matrix that reads x is given, for `calibrate`; no model records it. The arrays are the caller's: float32
+    [at least the rows of x, width] and int32 [at least the routes]. They hold the last step's, and what is beyond its
+    rows is left as it was.
+    """
+
+    x: Buffer
+    kept: NDArray[np.float32]
+    route: Route | None = None
+    chosen: NDArray[np.int32] | None = None
+
+
 Operation = (
     Embed
     | RMSNorm
@@ -340,4 +356,5 @@ Operation = (
     | Combine
     | Select
     | SumSquares
+    | Keep
 )

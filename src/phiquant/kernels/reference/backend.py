@@ -69,6 +69,7 @@ class ReferenceExecutable:
             ops.Combine: self._combine,
             ops.Select: self._select,
             ops.SumSquares: self._sum_squares,
+            ops.Keep: self._keep,
         }
         self._rows: dict[int, Floats] = {}
         self._routes: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
@@ -249,6 +250,13 @@ class ReferenceExecutable:
         for row, matrix in zip(x, matrices, strict=True):
             op.sums[matrix] += row * row  # the product of two float32 is exact
             op.counts[matrix] += 1
+
+    def _keep(self, op: ops.Keep, step: ops.Step) -> None:
+        x = self._of(op.x)
+        op.kept[: len(x)] = x
+        if op.route is not None and op.chosen is not None:
+            chosen = self._routes[id(op.route)][0].reshape(-1)
+            op.chosen[: len(chosen)] = chosen
 
 
 def _rotate(x: Floats, heads: int, a: ops.AttentionShape, step: ops.Step) -> Floats:

@@ -1,0 +1,92 @@
+"""A text in chunks, as models read it for calibration: cut as llama-imatrix cuts it."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE
+from phiquant.errors import RequestError
+from phiquant.text import Tokenizer
+
+__all__ = ["DEFAULT_TOKENS", "Chunks", "cut"]
+
+DEFAULT_TOKENS: Final = 16_384
+"""Tokens of a text that error feedback reads, if it has as many."""
+
+_FOREIGN: Final = 0.8  # tokens for each byte, above which a vocabulary spells a text out byte by byte
+_UNUSUAL: Final = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """What a model reads: `ids` int32 [chunks, context], and the name of the text; `remarks` on the text."""
+
+    ids: NDArray[np.int32]
+    dataset: str
+    remarks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, text: str, tokenizer: Tokenizer, dataset: str, *, tokens: int = DEFAULT_TOKENS, context: int | None = None
+    ) -> "Chunks":
+        """The first `tokens` tokens of a text, or all if it has fewer, in whole chunks.
+
+        RequestError: the text is too short, or the vocabulary knows so little of it that it is binary data, or in a
+        script that the model does not write.
+        """
+        context = DEFAULT_CHUNK_SIZE if context is None else context
+        if tokens < 2 * context:
+            raise RequestError(
+                f"a calibration of {tokens} tokens is too short: it needs at least {2 * context}, two chunks of "
+                f"{context}; ask for more"
+            )
+        # No token is shorter than a byte, few are longer than 16: what lies far beyond is not tokenized.
+        text = text[: 32 * tokens]
+        ids = np.array(tokenizer.encode(text, special=False), np.int32)
+        share = len(ids) / max(len(text.encode()), 1)
+        if len(ids) >= context and share > _FOREIGN:
+            raise RequestError(
+                f"{dataset} has {share:.2f} tokens for each byte: the model's vocabulary does not know this text, so "
+                "it is no prose or code that the model could read; calibrate with text like what it will be used for"
+            )
+        remarks = []
+        if share > _UNUSUAL:
+            remarks.append(
+                f"{dataset} has {share:.2f} tokens for each byte, and text that the model was trained on about 0.3: "
+                "what is learned from it may not hold for other text"
+            )
+        chunks = cut(ids, context, 0, tokens // context).copy()
+        if tokenizer.add_bos and tokenizer.bos_id is not None:
+            chunks[:, 0] = tokenizer.bos_id
+        return cls(chunks, dataset, tuple(remarks))
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.ids.size
+
+    @property
+    def context(self) -> int:
+        """Tokens of a chunk."""
+        return int(self.ids.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ids and how they are cut, hexadecimal."""
+        return hashlib.sha256(repr(self.ids.shape).encode() + self.ids.astype("<i4").tobytes()).hexdigest()
+
+
+def cut(ids: NDArray[np.int32], context: int, skip: int, chunks: int | None) -> NDArray[np.int32]:
+    """The chunks that will be read, int32 [chunks, context]."""
+    left = len(ids) - skip * context
+    if left < 2 * context:
+        after = f" after the {skip} chunks that are skipped" if skip else ""
+        raise RequestError(
+            f"the text has {max(left, 0)} tokens{after} and must have at least {2 * context}, two chunks of {context}; "
+            "give a longer text or a smaller context"
+        )
+    count = min(left // context, chunks or left)
+    return ids[skip * context :][: count * context].reshape(count, context)

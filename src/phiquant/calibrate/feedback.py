@@ -1,0 +1,262 @@
+"""Error feedback over a whole model: stage by stage, each matrix rounded for what the rounded ones before it give it.
+
+The residual stream of a calibration text goes through the model one stage at a time. Within a stage one group of
+matrices after the other is observed (with those before it rounded already), rounded, and written; then the stream goes
+on through the rounded stage. So only one group's moments and one stage's weights are in memory, besides the stream:
+
+    bytes = 4 tokens width + 4 columns² for the moments, some eight times as much while they are factorized
+"""
+
+import os
+from collections.abc import Callable, Container, Iterator, Mapping
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phiquant import arch
+from phiquant.arch import names
+from phiquant.calibrate.chunks import DEFAULT_TOKENS, Chunks
+from phiquant.calibrate.moments import Moments
+from phiquant.calibrate.moments_file import MomentsFile, identity, write_moments
+from phiquant.calibrate.rounding import made_of
+from phiquant.calibrate.saved_stream import SavedStream
+from phiquant.calibrate.stages import Group, Stage, Stages
+from phiquant.calibrate.stream import Stream
+from phiquant.convert.entries import Entry, string, uint32
+from phiquant.convert.output import Output
+from phiquant.convert.plan import Plan
+from phiquant.convert.recipes import PlannedTensor
+from phiquant.convert.run import Progress
+from phiquant.errors import UnsupportedError
+from phiquant.gguf import GGMLType, keys, open_model
+from phiquant.kernels.dequantize import dequantize_rows
+from phiquant.kernels.ops import ExpertMatMul, MatMul, Weight
+from phiquant.kernels.quantize import quantize_rows
+from phiquant.kernels.select import select
+from phiquant.model import Rope, load_weights, record
+from phiquant.text import Tokenizer
+
+__all__ = ["Feedback"]
+
+METHOD: Final = "feedback"
+
+Tensors = Mapping[str, PlannedTensor]
+
+
+class Feedback:
+    """A model made ready to be rounded for what it computes on a text: a `convert.run.Maker`. A context manager.
+
+    Args:
+        path: a GGUF file with the weights as they are; of a model in several parts, the first.
+        text: what the model reads.
+        dataset: name of the text.
+        tokens: how many of it are read at most.
+        context: tokens of a chunk; None for the usual 512.
+        statistics: instead of a text, moments that were collected earlier; they are those of the model as it is, so
+            that no weight is rounded for what the rounded ones before it give it.
+        threads: native threads; 0 for as many as the process may use.
+        backend: as for `LLM.load`.
+        tell: is told, in a line, what takes its time before anything is rounded.
+
+    Attributes:
+        entries: metadata of the output.
+        remarks: what the user should know of the text.
+
+    Raises:
+        FormatError: the file is broken; ImportanceError: the statistics are of another model.
+        UnsupportedError: not a model that this version runs.
+        RequestError: the text is too short, or none that the model knows.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        text: str = "",
+        *,
+        dataset: str = "",
+        tokens: int = DEFAULT_TOKENS,
+        context: int | None = None,
+        statistics: MomentsFile | None = None,
+        threads: int = 0,
+        backend: str = "auto",
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self._threads, self._statistics = threads, statistics
+        self._backend = select(backend, tell)
+        self._gguf = open_model(path)
+        try:
+            self._config = arch.load(self._gguf)
+            if statistics is None:
+                tokenizer = Tokenizer.from_gguf(self._gguf)
+                self._chunks = chunks = Chunks.of(text, tokenizer, dataset, tokens=tokens, context=context)
+                self.remarks = chunks.remarks
+                self.entries = entries(chunks.tokens, dataset, chunks.digest)
+            else:
+                statistics.check(self._gguf, str(path))
+                self.remarks = (
+                    f"{statistics.path} is of the model as it is ({statistics.tokens} tokens of {statistics.dataset}), "
+                    "so no text is read, and weights are not rounded for what rounded ones before them give them",
+                )
+                self.entries = entries(statistics.tokens, statistics.dataset, statistics.digest, str(statistics.path))
+        except BaseException:
+            self._gguf.close()
+            raise
+
+    def collect(self, path: str | os.PathLike[str], read: Callable[[int, int], None] | None = None) -> None:
+        """Write the moments of the model as it is, of all its matrices, to a file; `read` is told tokens and total.
+
+        WeightsError if the model computes something that is no number; OutputError.
+        """
+        cut = self._cut(lambda name: name.startswith("blk.") or name == names.OUTPUT)
+        stages = cut.stages[: max(i for i, stage in enumerate(cut.stages) if stage.groups) + 1]
+        stream = self._stream(cut, self._embedded(cut, {}))
+        total, done = len(stages) * self._chunks.tokens, 0
+
+        def advanced(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            if read is not None:
+                read(done, total)
+
+        groups = [group for stage in stages for group in stage.groups]
+
+        def found() -> Iterator[list[Moments]]:
+            for stage in stages[:-1]:
+                yield stream.advance(stage, {}, stage.groups, advanced)
+            yield stream.moments(stages[-1], stages[-1].groups, {}, advanced)
+
+        write_moments(path, identity(self._gguf), self._chunks, groups, found())
+
+    def make(self, plan: Plan, output: Output, done: Container[str], progress: Progress | None) -> None:
+        """See `Maker`. WeightsError if the model computes something that is no number; KernelError if it cannot."""
+        planned = {tensor.source_name: tensor for tensor in plan.tensors}
+        tensors = {name: tensor for name, tensor in planned.items() if tensor.calibrated}
+        cut = self._cut(lambda name: name in tensors)
+        stages = [stage for stage in cut.stages if _kept(stage, planned)]
+        _check_all_read(tensors, stages)
+        writing = _Writing(tensors, output, done, progress, self._threads)
+        if self._statistics is not None:
+            for group in (group for stage in stages for group in stage.groups):
+                if not writing.is_done(group):
+                    writing.make(group, self._statistics.moments(group.names[0], group.matrices, group.x.width))
+            return
+        saved = SavedStream(plan.path, output.fingerprint) if output.kept else None
+        rows = np.empty((self._chunks.tokens, cut.width), np.float32)
+        first = saved.read(rows) if saved is not None else None
+        if first is None or not all(writing.is_done(group) for stage in stages[:first] for group in stage.groups):
+            first, rows = 0, self._embedded(cut, planned)
+        stream = self._stream(cut, rows)
+        last = max(i for i, stage in enumerate(stages) if stage.groups)
+        for i, stage in enumerate(stages[first : last + 1], first):
+            made: dict[str, Weight] = {}
+            for group in stage.groups:
+                if writing.is_done(group):
+                    made |= writing.found(group)
+                else:
+                    (moments,) = stream.moments(stage, [group], made)
+                    made |= writing.make(group, moments)
+            if i == last:
+                break
+            stream.advance(stage, made)
+            if saved is not None and stages[i + 1].layer != stage.layer:
+                output.settle()
+                saved.write(i + 1, rows)
+
+    def _cut(self, wanted: Callable[[str], bool]) -> Stages:
+        return Stages.of(record(self._config, load_weights(self._gguf, self._config)), wanted)
+
+    def _stream(self, cut: Stages, rows: NDArray[np.float32]) -> Stream:
+        rope = Rope(self._config.rotary)
+        return Stream(cut, self._chunks, rows, rope, self._backend, threads=self._threads)
+
+    def _embedded(self, cut: Stages, planned: Tensors) -> NDArray[np.float32]:
+        """What the first stage reads, float32 [tokens, width], of the embedding as the output will have it."""
+        weight = cut.embed.weight
+        used, places = np.unique(self._chunks.ids.reshape(-1), return_inverse=True)
+        data, type = weight.data.reshape(weight.rows, -1)[used], weight.type
+        target = planned[weight.name].type if weight.name in planned else type
+        if target is not type:
+            widened = dequantize_rows(data, type, len(used), weight.columns)
+            data, type = quantize_rows(widened, GGMLType.F32, target), target
+        return dequantize_rows(data, type, len(used), weight.columns)[places] * np.float32(cut.embed.scale)
+
+    def discard(self, plan: Plan) -> None:
+        """See `Maker`."""
+        SavedStream(plan.path, "").remove()
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._gguf.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Writing:
+    """Weights of a plan, rounded and written where that is not done yet; all by the source's names."""
+
+    def __init__(
+        self, tensors: Tensors, output: Output, done: Container[str], progress: Progress | None, threads: int
+    ) -> None:
+        self._tensors, self._output, self._done = tensors, output, done
+        self._progress, self._threads = progress, threads
+
+    def is_done(self, group: Group) -> bool:
+        """Whether an earlier run made all of a group."""
+        return all(self._tensors[name].name in self._done for name in group.names)
+
+    def found(self, group: Group) -> dict[str, Weight]:
+        """What it made."""
+        return {
+            w.name: Weight(w.name, self._tensors[w.name].type, w.shape, self._output.read(self._tensors[w.name]))
+            for w in group.weights
+        }
+
+    def make(self, group: Group, moments: Moments) -> dict[str, Weight]:
+        """Round the weights of a group by the moments of what they read."""
+        made = made_of({weight.name: weight for weight in group.weights}, self._tensors, moments, self._threads)
+        for name, weight in made.items():
+            tensor = self._tensors[name]
+            if tensor.name not in self._done:
+                self._output.write_whole(tensor, weight.data)
+                if self._progress is not None:
+                    self._progress.advanced(tensor.source_bytes, tensor.name)
+        return made
+
+
+def entries(tokens: int, dataset: str, digest: str, statistics: str | None = None) -> list[Entry]:
+    """What the output says of how it was made."""
+    found = [
+        string(keys.QUANTIZE_METHOD, METHOD),
+        string(keys.QUANTIZE_DATASET, _shortened(dataset)),
+        string(keys.QUANTIZE_DATASET_HASH, digest),
+        uint32(keys.QUANTIZE_TOKENS, tokens),
+    ]
+    return found if statistics is None else [*found, string(keys.QUANTIZE_STATISTICS, _shortened(statistics))]
+
+
+def _shortened(text: str) -> str:
+    return text.encode(errors="replace")[:127].decode(errors="ignore")
+
+
+def _kept(stage: Stage, planned: Tensors) -> bool:
+    """Whether the plan has the weights of a stage; blocks can be left out."""
+    found = {op.weight.name for op in stage.operations if isinstance(op, MatMul | ExpertMatMul)}
+    return found <= planned.keys()
+
+
+def _check_all_read(tensors: Tensors, stages: list[Stage]) -> None:
+    read = {name for stage in stages for group in stage.groups for name in group.names}
+    for name in tensors:
+        if name not in read:
+            raise UnsupportedError(
+                f"{name} is no matrix that the model multiplies by, so what it is given cannot be observed; leave it "
+                f"out with --exclude-weights {name}."
+            )

@@ -1,0 +1,326 @@
+"""Error feedback over a model: what each matrix is rounded for, statistics in files, and runs that were interrupted."""
+
+import base64
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phiquant.calibrate import Feedback, MomentsFile, collect
+from phiquant.calibrate.chunks import Chunks
+from phiquant.calibrate.saved_stream import SavedStream
+from phiquant.convert import Options, TypePattern, convert, quantize
+from phiquant.convert.filetypes import parse_file_type
+from phiquant.convert.output import Output
+from phiquant.convert.plan import Plan, plan_quantize
+from phiquant.convert.recipes import PlannedTensor
+from phiquant.convert.run import execute
+from phiquant.convert.source import open_source
+from phiquant.convert.weighing import Calibrated
+from phiquant.errors import ImportanceError, OutputError, RequestError, WeightsError
+from phiquant.gguf import GGUFFile
+from phiquant.kernels.feedback import factorize, feedback_rows
+from phiquant.quants import dequantize
+from phiquant.text import Tokenizer
+
+pytestmark = pytest.mark.cpu
+
+MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
+TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return (MODEL / "calibration.txt").read_text("utf-8")[:8000]
+
+
+@pytest.fixture(scope="module")
+def short(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first three blocks of the bundled model."""
+    path = tmp_path_factory.mktemp("short") / "short-F32.gguf"
+    quantize(tiny, path, "COPY", prune=range(3, 8), quiet=True)
+    return path
+
+
+class Stopper:
+    """Raises when so many tensors are written."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def planned(self, plan: Plan) -> None:
+        pass
+
+    def resumed(self, source_bytes: int) -> None:
+        pass
+
+    def advanced(self, source_bytes: int, tensor: str) -> None:
+        self.left -= not tensor.startswith(("token_embd", "output")) and "norm" not in tensor
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def rounded(
+    model: Path,
+    out: Path,
+    kind: str,
+    text: str = "",
+    *,
+    statistics: Path | None = None,
+    options: Options | None = None,
+    prune: tuple[int, ...] = (),
+    progress: Stopper | None = None,
+    resume: bool = False,
+) -> Plan:
+    """`out`, made by error feedback."""
+    file = None if statistics is None else MomentsFile.open(statistics)
+    with (
+        open_source(model) as source,
+        Feedback(model, text, dataset="text", tokens=TOKENS, statistics=file, threads=2) as made,
+    ):
+        calibrated = Calibrated("text", made.entries, remarks=made.remarks)
+        plan = plan_quantize(
+            source, parse_file_type(kind), out, options or Options(), calibrated=calibrated, prune=prune
+        )
+        report = execute(plan, threads=2, maker=made, progress=progress, resume=resume)
+    if file is not None:
+        file.close()
+    return report.plan
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(short: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "x.gguf"
+    rounded(short, path, "Q4_K_M", text)
+    return path
+
+
+def test_the_first_matrix_is_rounded_for_the_normed_embedding(short: Path, text: str, whole: Path) -> None:
+    with GGUFFile.open(short) as model, GGUFFile.open(whole) as file:
+        chunks = Chunks.of(text, Tokenizer.from_gguf(model), "text", tokens=TOKENS)
+        info = file.tensors["token_embd.weight"]
+        rows = dequantize(file.data("token_embd.weight"), info.type, info.shape)[chunks.ids.reshape(-1)]
+        rows = rows.astype(np.float64)
+        rows /= np.sqrt((rows * rows).mean(axis=1, keepdims=True) + 1e-5)
+        rows *= model.data("blk.0.attn_norm.weight").view(np.float32)
+        name = "blk.0.attn_qkv.weight"
+        weight = model.data(name).view(np.float32).reshape(model.tensors[name].shape)
+        expected = feedback_rows(np.ascontiguousarray(weight), file.tensors[name].type, factorize(rows.T @ rows))
+        found = file.data(name).reshape(expected.shape)
+        assert (found == expected).mean() > 0.99  # sums of another precision change a level here and there
+        assert file.require("phiquant.quantize.method", str) == "feedback"
+        assert file.require("phiquant.quantize.tokens", int) == TOKENS
+        assert file.require("phiquant.quantize.dataset_hash", str) == chunks.digest
+        assert "quantize.imatrix.file" not in file.fields
+
+
+def test_what_is_made_has_the_types_of_the_recipe_and_is_nearer_for_the_text(
+    short: Path, text: str, whole: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain.gguf"
+    quantize(short, plain, "Q4_K_M", quiet=True)
+    with GGUFFile.open(plain) as before, GGUFFile.open(whole) as after, GGUFFile.open(short) as model:
+        assert {n: t.type for n, t in before.tensors.items()} == {n: t.type for n, t in after.tensors.items()}
+        changed = {n for n in before.tensors if not np.array_equal(before.data(n), after.data(n))}
+        matrices = {n for n, t in model.tensors.items() if n.startswith("blk.") and len(t.shape) > 1}
+        assert changed == matrices
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    short: Path, text: str, whole: Path, tmp_path: Path, seed: int
+) -> None:
+    chance, path = random.Random(seed), tmp_path / "x.gguf"
+    for after in (chance.randrange(1, 5), chance.randrange(1, 4)):
+        with pytest.raises(KeyboardInterrupt):
+            rounded(short, path, "Q4_K_M", text, resume=True, progress=Stopper(after))
+        assert set(names(tmp_path)) <= {".x.gguf.part", ".x.gguf.part.json", ".x.gguf.part.stream"}
+    assert ".x.gguf.part.stream" in names(tmp_path) or after + seed < 9
+    plan = rounded(short, path, "Q4_K_M", text, resume=True)
+    assert any("done by an earlier run" in note for note in plan.notes)
+    assert names(tmp_path) == ["x.gguf"]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_blocks_that_are_done_are_not_read_again(
+    short: Path, text: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        rounded(short, path, "Q4_K_M", text, resume=True, progress=Stopper(9))  # the first matrix of the third block
+    saved = tmp_path / ".x.gguf.part.stream"
+    assert saved.stat().st_size > TOKENS * 256 * 4
+    written: list[str] = []
+    write = Output.write_whole
+
+    def spy(self: Output, tensor: PlannedTensor, data: np.ndarray) -> None:
+        written.append(tensor.name)
+        write(self, tensor, data)
+
+    monkeypatch.setattr(Output, "write_whole", spy)
+    rounded(short, path, "Q4_K_M", text, resume=True)
+    assert written
+    assert all(name.startswith("blk.2.") for name in written)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "other"])
+def test_a_damaged_stream_is_computed_again(short: Path, text: str, whole: Path, tmp_path: Path, damage: str) -> None:
+    path, saved = tmp_path / "x.gguf", tmp_path / ".x.gguf.part.stream"
+    with pytest.raises(KeyboardInterrupt):
+        rounded(short, path, "Q4_K_M", text, resume=True, progress=Stopper(9))
+    data = bytearray(saved.read_bytes())
+    if damage == "cut":
+        saved.write_bytes(data[:-1])
+    elif damage == "flipped":
+        data[-5] ^= 1
+        saved.write_bytes(data)
+    elif damage == "gone":
+        saved.unlink()
+    else:
+        saved.write_bytes(data.replace(b'"plan": "', b'"plan": "0', 1))
+    rounded(short, path, "Q4_K_M", text, resume=True)
+    assert path.read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == ["x.gguf"]
+
+
+def test_a_stream_that_has_no_place_is_one_sentence(tmp_path: Path) -> None:
+    saved = SavedStream(tmp_path / "x.gguf", "plan")
+    saved.path.with_name(f"{saved.path.name}.new").mkdir()
+    with pytest.raises(OutputError, match="go without --resume"):
+        saved.write(1, np.zeros((2, 3), np.float32))
+
+
+def test_blocks_can_be_left_out(tiny: Path, short: Path, text: str, tmp_path: Path) -> None:
+    path, pure = tmp_path / "x.gguf", Options(pure=True)  # mixtures count the blocks that were there
+    rounded(tiny, path, "Q4_K_S", text, prune=tuple(range(3, 8)), options=pure)
+    rounded(short, tmp_path / "short.gguf", "Q4_K_S", text, options=pure)
+    with GGUFFile.open(path) as pruned, GGUFFile.open(tmp_path / "short.gguf") as expected:
+        assert {n: t.type for n, t in pruned.tensors.items()} == {n: t.type for n, t in expected.tensors.items()}
+        assert [n for n in expected.tensors if not np.array_equal(pruned.data(n), expected.data(n))] == []
+
+
+def test_types_without_feedback_are_weighed(short: Path, text: str, tmp_path: Path) -> None:
+    options = Options(tensor_types=(TypePattern.parse("ffn_up=iq2_xxs"), TypePattern.parse("ffn_down=tq2_0")))
+    plan = rounded(short, tmp_path / "x.gguf", "Q4_K_M", text, options=options)
+    notes = "\n".join(plan.notes)
+    assert "3 weights become IQ2_XXS, which is not made by error feedback: they are weighed by importance" in notes
+    assert "3 weights become TQ2_0, which is not made by error feedback: they are rounded as without" in notes
+    with open_source(short) as source, pytest.raises(RequestError, match="no weight of this file would be rounded"):
+        plan_quantize(source, parse_file_type("TQ2_0"), tmp_path / "y.gguf", Options(), calibrated=Calibrated("t", []))
+
+
+def test_statistics_are_collected_once_for_several_types(short: Path, text: str, tmp_path: Path) -> None:
+    path, told = tmp_path / "statistics.gguf", []
+    with Feedback(short, text, dataset="text", tokens=TOKENS, threads=2) as model:
+        model.collect(path, lambda done, total: told.append((done, total)))
+    steps, total = len(told), TOKENS * 2 * 3  # two stages a block; the embedding is the output too
+    assert (steps, told[-1]) == (2 * 3, (total, total))
+    plan = rounded(short, tmp_path / "a.gguf", "Q4_K_M", statistics=path)
+    assert any("no text is read" in note for note in plan.notes)
+    rounded(short, tmp_path / "b.gguf", "Q4_K_M", statistics=path)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    rounded(short, tmp_path / "c.gguf", "Q3_K_S", statistics=path)
+    with GGUFFile.open(tmp_path / "a.gguf") as file:
+        assert file.require("phiquant.quantize.statistics", str) == str(path)[:127]
+        assert file.require("phiquant.quantize.tokens", int) == TOKENS
+
+    # Their diagonals are what an importance matrix of the same text holds.
+    expected = collect(short, text, chunks=2, dataset="text", threads=2)
+    with MomentsFile.open(path) as file:
+        found = file.matrix()
+    assert found.entries.keys() == expected.entries.keys()
+    assert (found.chunk_count, found.chunk_size, found.datasets) == (2, 512, ("text",))
+    for name, entry in expected.entries.items():
+        np.testing.assert_allclose(found.entries[name].sums, entry.sums, rtol=1e-4)
+        assert found.entries[name].counts.tolist() == entry.counts.tolist()
+
+
+def test_statistics_of_another_model_are_refused(short: Path, tiny: Path, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "statistics.gguf"
+    with Feedback(short, text, dataset="text", tokens=TOKENS, threads=2) as model:
+        model.collect(path)
+    with pytest.raises(ImportanceError, match="statistics of another model"):
+        rounded(tiny, tmp_path / "x.gguf", "Q4_K_M", statistics=path)
+    # The same model in another type has the same statistics.
+    quantize(short, tmp_path / "half.gguf", "F16", quiet=True)
+    rounded(tmp_path / "half.gguf", tmp_path / "x.gguf", "Q4_K_M", statistics=path)
+    collect(short, text, chunks=2, threads=2).write_gguf(tmp_path / "imatrix.gguf")
+    for other in ("half.gguf", "imatrix.gguf", "no.gguf"):
+        with pytest.raises(ImportanceError, match="file of another kind"):
+            MomentsFile.open(tmp_path / other)
+    assert "statistics.gguf" in names(tmp_path)
+
+
+def test_a_damaged_file_of_statistics_is_refused(short: Path, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "statistics.gguf"
+    with Feedback(short, text, dataset="text", tokens=TOKENS, threads=2) as model:
+        model.collect(path)
+    with GGUFFile.open(path) as file:
+        (first,) = [n for n in file.tensors if n == "blk.0.attn_qkv.weight.moments"]
+        values = file.data(first).view(np.float32)
+        place = path.read_bytes().find(values[:8].tobytes())
+    data = bytearray(path.read_bytes())
+    data[place + 4 : place + 8] = np.array([np.nan], "<f4").tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ImportanceError, match=r"blk\.0\.attn_qkv\.weight holds what is no moment"):
+        rounded(short, tmp_path / "x.gguf", "Q4_K_M", statistics=path)
+    assert names(tmp_path) == ["statistics.gguf"]
+
+
+def test_weights_that_are_no_numbers_are_refused_and_leave_nothing(short: Path, text: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    data = bytearray(short.read_bytes())
+    with GGUFFile.open(short) as file:
+        place = data.find(file.data("blk.1.ffn_up.weight")[:64].tobytes())
+    data[place : place + 4] = np.array([np.inf], "<f4").tobytes()
+    broken.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"blk\.1\.ffn_(up|down)\.weight"):
+        rounded(broken, tmp_path / "x.gguf", "Q4_K_M", text, resume=True)
+    assert names(tmp_path) == ["broken.gguf"]
+
+
+def test_texts_that_a_model_cannot_learn_from(short: Path, text: str) -> None:
+    with GGUFFile.open(short) as file:
+        tokenizer = Tokenizer.from_gguf(file)
+    with pytest.raises(RequestError, match=r"has \d+ tokens and must have at least 1024"):
+        Chunks.of(text[:500], tokenizer, "t")
+    with pytest.raises(RequestError, match="too short: it needs at least 1024"):
+        Chunks.of(text, tokenizer, "t", tokens=600)
+    signs = "".join(chr(random.Random(i).randrange(0x1400, 0x1600)) for i in range(3000))
+    with pytest.raises(RequestError, match="vocabulary does not know this text"):
+        Chunks.of(signs, tokenizer, "t")
+    assert Chunks.of(text, tokenizer, "t").remarks == ()
+    noise = "".join(f"{base64.b64encode(random.Random(i).randbytes(9)).decode()} and then " for i in range(400))
+    (remark,) = Chunks.of(noise, tokenizer, "t").remarks
+    assert "tokens for each byte" in remark
+    cut = Chunks.of(text, tokenizer, "t", tokens=1300)
+    assert cut.ids.shape == (2, 512)
+    assert (cut.ids[:, 0] == tokenizer.bos_id).all() == tokenizer.add_bos
+    assert cut.digest != Chunks.of(text[40:], tokenizer, "t", tokens=1300).digest
+
+
+def test_experts_are_rounded_each_by_its_own_tokens(text: str, tmp_path: Path) -> None:
+    """A mixture of which some experts are used by few of the 1024 tokens: all come out near what they were."""
+    script = MODEL.parents[1] / "benchmarks" / "make_synthetic.py"
+    shape = ["--layers", "1", "--hidden", "256", "--ffn", "256", "--heads", "4", "--kv-heads", "2", "--experts", "8"]
+    checkpoint, model = tmp_path / "checkpoint", tmp_path / "moe-F16.gguf"
+    subprocess.run([sys.executable, str(script), str(checkpoint), "--model", "phimoe", *shape], check=True)
+    convert(checkpoint, model, "f16", quiet=True)
+    rounded(model, tmp_path / "x.gguf", "Q4_K_M", text)
+    with GGUFFile.open(model) as before, GGUFFile.open(tmp_path / "x.gguf") as after:
+        for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+            info, made = before.tensors[f"blk.0.{name}.weight"], after.tensors[f"blk.0.{name}.weight"]
+            assert made.type.is_quantized
+            values = dequantize(before.data(info.name), info.type, info.shape)
+            errors = dequantize(after.data(made.name), made.type, made.shape) - values
+            shares = np.sqrt((errors**2).mean(axis=(1, 2)) / (values**2).mean(axis=(1, 2)))
+            assert len(shares) == 8
+            assert (shares < 0.15).all()
