@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phiquant.calibrate import Feedback, MomentsFile, collect
+from phiquant.calibrate import Feedback, MomentsFile, collect, rounding
 from phiquant.calibrate.chunks import Chunks
 from phiquant.calibrate.saved_stream import SavedStream
-from phiquant.convert import Options, TypePattern, convert, quantize
+from phiquant.convert import Options, TypePattern, convert, quantize, weighing
 from phiquant.convert.filetypes import parse_file_type
 from phiquant.convert.output import Output
 from phiquant.convert.plan import Plan, plan_quantize
@@ -21,8 +21,8 @@ from phiquant.convert.run import execute
 from phiquant.convert.source import open_source
 from phiquant.convert.weighing import Calibrated
 from phiquant.errors import ImportanceError, OutputError, RequestError, WeightsError
-from phiquant.gguf import GGUFFile
-from phiquant.kernels.feedback import factorize, feedback_rows
+from phiquant.gguf import GGMLType, GGUFFile
+from phiquant.kernels.feedback import SUPPORTED, factorize, feedback_rows
 from phiquant.quants import dequantize
 from phiquant.text import Tokenizer
 
@@ -207,7 +207,11 @@ def test_blocks_can_be_left_out(tiny: Path, short: Path, text: str, tmp_path: Pa
         assert [n for n in expected.tensors if not np.array_equal(pruned.data(n), expected.data(n))] == []
 
 
-def test_types_without_feedback_are_weighed(short: Path, text: str, tmp_path: Path) -> None:
+def test_types_without_feedback_are_weighed_or_rounded_plainly(
+    short: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (rounding, weighing):
+        monkeypatch.setattr(module, "SUPPORTED", SUPPORTED - {GGMLType.IQ2_XXS})
     options = Options(tensor_types=(TypePattern.parse("ffn_up=iq2_xxs"), TypePattern.parse("ffn_down=tq2_0")))
     plan = rounded(short, tmp_path / "x.gguf", "Q4_K_M", text, options=options)
     notes = "\n".join(plan.notes)
