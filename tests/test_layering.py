@@ -46,7 +46,7 @@ DIRECT = {
     "server": {"gguf", "engine", "text", "completion", "llm", "async_llm"},
     "eval": {"llm"},
     "bench": {"kernels", "llm"},
-    "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
+    "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine", "eval"},
     "cli": {
         "gguf",
         "quants",

@@ -1,7 +1,8 @@
 """Collecting importance, as `imatrix` and `quantize --calibrate` show it."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from phiquant.convert.run import execute
 from phiquant.convert.source import CheckpointSource, Source
 from phiquant.errors import OutputError
 
-__all__ = ["assumed_importance", "calibrated_importance"]
+__all__ = ["assumed_importance", "calibrated_importance", "collected_importance", "runnable"]
 
 
 def calibrated_importance(
@@ -31,12 +32,22 @@ def calibrated_importance(
 ) -> Importance:
     """Run the model of `source` on a text and keep what matters to it.
 
-    A checkpoint is converted first, as it is stored, to a file in `folder` that is gone afterwards. Errors as for
-    `Calibration`, `Importance.chosen` and `execute`.
+    Errors as for `runnable`, `Calibration` and `Importance.chosen`.
     """
     read = text_of(text)
+    with runnable(source, folder, threads) as model:
+        return collected_importance(model, read, text, include, exclude, threads, quiet)
+
+
+@contextmanager
+def runnable(source: Source, folder: Path, threads: int = 0) -> Iterator[Path]:
+    """A file that the engine runs: a GGUF source's own.
+
+    A checkpoint is converted, as it is stored, to a file in `folder` that is gone afterwards. Errors as for `execute`.
+    """
     if not isinstance(source, CheckpointSource):
-        return _collected(source.files[0], read, text, include, exclude, threads, quiet)
+        yield source.files[0]
+        return
     try:
         temporary = tempfile.TemporaryDirectory(prefix=".phiquant-calibrate-", dir=folder)
     except OSError as error:
@@ -44,7 +55,7 @@ def calibrated_importance(
     with temporary as name:
         lossless = Path(name) / "lossless.gguf"
         execute(plan_convert(source, "auto", lossless), threads=threads)
-        return _collected(lossless, read, text, include, exclude, threads, quiet)
+        yield lossless
 
 
 def assumed_importance(
@@ -63,9 +74,10 @@ def assumed_importance(
     return Importance.chosen(matrix, str(text), include, exclude)
 
 
-def _collected(
+def collected_importance(
     model: Path, text: str, origin: Path, include: Sequence[str], exclude: Sequence[str], threads: int, quiet: bool
 ) -> Importance:
+    """Run a GGUF file on a text, whose name is `origin`, and keep what matters to it."""
     notices = Notices(quiet=quiet)
     with (
         Calibration(

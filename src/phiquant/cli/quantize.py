@@ -1,12 +1,14 @@
 """`phiquant quantize IN [OUT] TYPE [NTHREADS]`: a GGUF file, checkpoint or repository to GGUF of another type."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
+from phiquant.cli.mixes import MixOptions
 from phiquant.cli.models import fetched, source_of
 from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
+from phiquant.convert.entries import Entry
 from phiquant.convert.overrides import parse_override
 from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
 from phiquant.convert.plan import Plan, plan_quantize
@@ -26,7 +28,7 @@ class Arguments:
 
     model: str
     outfile: Path | None
-    target: Target
+    target: Target | None  # None for a mix, which has no name
     threads: int  # 0: one for each core
 
 
@@ -54,12 +56,13 @@ class QuantizeOptions:
     max_memory: int | None = None
     dry_run: bool = False
     quiet: bool = False
+    mix: MixOptions = field(default_factory=MixOptions)
 
 
 def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *, repository: str | None = None) -> int:
     """Quantize, or show what would be done. `arguments`: IN [OUT] TYPE [NTHREADS], without IN if a `repository` is."""
-    parsed = parse_arguments(arguments if repository is None else [repository, *arguments])
     options = options or QuantizeOptions()
+    parsed = parse_arguments(arguments if repository is None else [repository, *arguments], mix=options.mix.wanted)
     patterns = [*options.tensor_type, *_listed_types(options.tensor_type_file)]
     chosen = Options(
         pure=options.pure,
@@ -70,6 +73,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
     )
     overrides = [parse_override(text) for text in options.override_kv]
     _check_importance(options)
+    _check_mix(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     if repository is None:
         model: str | Path = source_of(parsed.model, quiet=options.quiet)
@@ -77,24 +81,58 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
         model = fetched(repository, quiet=options.quiet)
     with open_source(model, quiet=options.quiet) as source:
 
-        def planned(importance: Importance | None) -> Plan:
+        def planned(
+            importance: Importance | None,
+            target: Target | None = parsed.target,
+            recipe: Options = chosen,
+            entries: Sequence[Entry] = (),
+            of: Source = source,
+        ) -> Plan:
+            assert target is not None
             plan = plan_quantize(
-                source,
-                parsed.target,
+                of,
+                target,
                 parsed.outfile,
-                chosen,
-                overrides=overrides,
+                recipe,
+                overrides=[*overrides, *entries],
                 allow_requantize=options.allow_requantize,
                 importance=importance,
                 prune=prune,
                 dry_run=options.dry_run,
             )
+            if options.mix.wanted:
+                plan = replace(plan, path=_mix_path(plan, parsed.outfile, options.mix))
             return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
 
-        if options.calibrate is not None:
+        def planner(of: Source, importance: Importance | None) -> Callable[[Target, Options, Sequence[Entry]], Plan]:
+            return lambda target, recipe, entries: planned(importance, target, recipe, entries, of)
+
+        given = None if options.imatrix is None else _opened(options.imatrix, options)
+        if options.mix.budget is not None:
+            from phiquant.cli import mixing  # loads the engine, which quantizing does without
+
+            assert options.calibrate is not None
+            found = mixing.budgeted(
+                source,
+                options.calibrate,
+                given,
+                options.mix,
+                chosen,
+                planner,
+                include=options.include_weights,
+                exclude=options.exclude_weights,
+                threads=parsed.threads,
+                quiet=options.quiet,
+            )
+            if found is None:
+                return 0
+            plan = found
+        elif options.mix.plan is not None:
+            plan = _from_plan(source, options.mix.plan, options, chosen, planner, given, parsed.threads)
+        elif options.calibrate is not None:
             plan = _calibrated(source, options.calibrate, options, parsed.threads, planned)
         else:
-            plan = planned(None if options.imatrix is None else _opened(options.imatrix, options))
+            plan = planned(given)
         if options.dry_run:
             print_plan(plan)
             return 0
@@ -112,8 +150,13 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
     return 0
 
 
-def parse_arguments(arguments: Sequence[str]) -> Arguments:
-    """Tell OUT from TYPE as llama-quantize does: the second argument is the type if it is the name or number of one."""
+def parse_arguments(arguments: Sequence[str], *, mix: bool = False) -> Arguments:
+    """Tell OUT from TYPE as llama-quantize does: the second argument is the type if it is the name or number of one.
+
+    For a `mix` there is no TYPE.
+    """
+    if mix:
+        return _parse_mix(arguments)
     if not 2 <= len(arguments) <= 4:
         raise RequestError("quantize takes IN [OUT] TYPE [NTHREADS], such as: quantize model-F16.gguf Q4_K_M")
     model, *rest = arguments
@@ -127,6 +170,19 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     return Arguments(model, outfile, target, int(threads))
 
 
+def _parse_mix(arguments: Sequence[str]) -> Arguments:
+    if not 1 <= len(arguments) <= 3:
+        raise RequestError("with --budget or --plan, quantize takes IN [OUT [NTHREADS]]")
+    model, *rest = arguments
+    for text in rest[:1] if len(rest) < 2 or not _names_a_type(rest[1]) else rest[1:]:
+        if _names_a_type(text) and (len(rest) < 2 or not text.isdecimal()):
+            raise RequestError(f"--budget and --plan choose the types themselves; leave {text} out.")
+    threads = rest[1] if len(rest) > 1 else "0"
+    if not (threads.isascii() and threads.isdecimal()):
+        raise RequestError(f"{threads!r} is not a number of threads; quantize takes IN [OUT [NTHREADS]] here.")
+    return Arguments(model, Path(rest[0]) if rest else None, None, int(threads))
+
+
 def _names_a_type(text: str) -> bool:
     try:
         parse_file_type(text)
@@ -137,7 +193,7 @@ def _names_a_type(text: str) -> bool:
 
 def _check_importance(options: QuantizeOptions) -> None:
     """Before anything is read: what the options say of importance makes sense."""
-    if options.imatrix is not None and options.calibrate is not None:
+    if options.imatrix is not None and options.calibrate is not None and options.mix.budget is None:
         raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
     if options.imatrix is None and options.calibrate is None:
         for name, given in (("include", options.include_weights), ("exclude", options.exclude_weights)):
@@ -145,6 +201,55 @@ def _check_importance(options: QuantizeOptions) -> None:
                 raise RequestError(
                     f"--{name}-weights chooses entries of an importance matrix; pass one with --imatrix."
                 )
+
+
+def _check_mix(options: QuantizeOptions) -> None:
+    """Before anything is read: what the options say of a mix makes sense."""
+    mix = options.mix
+    mix.check()
+    if not mix.wanted:
+        return
+    given = "--budget" if mix.budget is not None else "--plan"
+    for name, used in (("--pure", options.pure), ("--prune-layers", options.prune_layers is not None)):
+        if used:
+            raise RequestError(f"{name} and {given} cannot be used together; leave one of them out.")
+    if mix.budget is not None:
+        if options.calibrate is None:
+            raise RequestError("--budget measures what each weight costs; pass a text for it with --calibrate TEXT.")
+        if options.dry_run:
+            raise RequestError("--dry-run measures nothing, and --budget has to; use --plan-only to see the mix.")
+
+
+def _mix_path(plan: Plan, outfile: Path | None, mix: MixOptions) -> Path:
+    """Where a mix goes: NAME-SIZE.gguf, if no file is given."""
+    if outfile is not None and not outfile.is_dir():
+        return plan.path
+    from phiquant.calibrate.limit import Limit
+
+    label = Limit.parse(mix.budget).label if mix.budget is not None else mix.plan.stem if mix.plan is not None else ""
+    return plan.path.with_name(f"{plan.path.stem.removesuffix(plan.target.name)}{label}.gguf")
+
+
+def _from_plan(
+    source: Source,
+    path: Path,
+    options: QuantizeOptions,
+    chosen: Options,
+    planner: Callable[[Source, Importance | None], Callable[[Target, Options, Sequence[Entry]], Plan]],
+    given: Importance | None,
+    threads: int,
+) -> Plan:
+    """The plan of a mix in a file, with importance from a text if there is one."""
+    from phiquant.cli import mixing  # loads the engine
+
+    def planned(importance: Importance | None) -> Plan:
+        return mixing.from_file(source, path, chosen, planner(source, importance))
+
+    return (
+        planned(given)
+        if options.calibrate is None
+        else _calibrated(source, options.calibrate, options, threads, planned)
+    )
 
 
 def _opened(path: Path, options: QuantizeOptions) -> Importance:
