@@ -49,16 +49,14 @@ class Limit:
                 f"--budget takes a size such as 2.2GB, 900MiB, 4.25bpw (bits per weight) or 30% (of the source), "
                 f"not {text!r}."
             )
-        label = f"{match[1]}{match[2]}" if match else ""
         if unit in _UNITS:
-            return cls(float(int(number * _UNITS[unit])), "", label)
-        return cls(number, unit, label)
+            return cls(float(int(number * _UNITS[unit])), "", text.strip())
+        return cls(number, unit, text.strip())
 
     @property
     def label(self) -> str:
         """The size in a file's name."""
-        text = re.sub("(?<=[0-9])[kmgt]i?b?$", lambda found: found[0].upper().replace("I", "i"), self.text)
-        return text.replace("%", "pct")
+        return self.text.replace(" ", "").replace("%", "pct")
 
     def file_bytes(self, plan: Plan) -> int:
         """Bytes that an output may have, whose plan this is but for the types."""

@@ -27,7 +27,11 @@ __all__ = ["DEFAULT_ROUNDS", "Mix", "find_mix", "smallest", "weight_bytes"]
 DEFAULT_ROUNDS: Final = 2
 """How often a mix is corrected, at most."""
 
+DEFAULT_TOLERANCE: Final = 0.2
+"""What a prediction may be off. Within it corrections were measured to be of no use on other texts."""
+
 _CORRECTION: Final = 4.0  # a kind's sensitivity is corrected by this factor at most
+_GAIN: Final = 0.02  # of the divergence; what is less may be true of this text alone
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,10 @@ def find_mix(
     budget: int,
     *,
     quantizer: Quantizer = quantized,
+    known: Sensitivities | None = None,
     groups: int = DEFAULT_GROUPS,
     rounds: int = DEFAULT_ROUNDS,
+    tolerance: float = DEFAULT_TOLERANCE,
     told: Stage = lambda what, done, total: None,
 ) -> Mix:
     """The types that make the model diverge least from itself, with at most `budget` bytes for these weights.
@@ -78,15 +84,18 @@ def find_mix(
         types: of each weight those that it may have.
         budget: bytes, padding included.
         quantizer: what will quantize them.
+        known: what weights cost, where that was measured before.
         groups: groups of weights that are measured on their own, at most.
-        rounds: how often the mix is corrected by what is measured of it; 0 measures it once.
+        rounds: how often the mix is corrected by what is measured of it, at most; 0 measures it once.
+        tolerance: what a prediction may be off, as a share of what was measured, before anything is corrected.
         told: is told how far it is.
 
     RequestError if the budget is below the smallest possible; others as `Probe.divergence` and the quantizer.
     """
     if smallest(weights, types) > budget:
         raise RequestError(f"the weights take {smallest(weights, types):,} bytes at least, more than {budget:,}")
-    known = measure(probe, weights, types, quantizer, groups=groups, told=told)
+    if known is None:
+        known = measure(probe, weights, types, quantizer, groups=groups, told=told)
     substitutes = Substitutes(probe, weights, quantizer)
     chosen = _allocated(weights, types, known, budget)
     made = substitutes.all(chosen)
@@ -104,6 +113,8 @@ def find_mix(
     best, best_made = Mix(chosen, _costs(known, chosen), known.total(chosen), found, first), made
     exact = {weight.tensor.name: closest(weight) for weight in weights}
     for _ in range(rounds):
+        if abs(found - known.total(chosen)) <= tolerance * found:
+            break
         factors = {}
         for kind in kinds:
             finer = {
@@ -125,7 +136,7 @@ def find_mix(
             break
         made = substitutes.all(again, best_made)
         found_again = measured(made)
-        if found_again >= found:
+        if found_again >= (1 - _GAIN) * found:
             break
         chosen, found, best_made = again, found_again, made
         best = Mix(chosen, _costs(known, chosen), known.total(chosen), found, first)

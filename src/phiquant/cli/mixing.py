@@ -59,7 +59,7 @@ def budgeted(
     """
     assert options.budget is not None
     limit, read, allowed = Limit.parse(options.budget), text_of(text), options.types()
-    origin = str(text)
+    origin = str(text).encode(errors="replace").decode()
     # Whatever can be refused is refused before the work.
     assumed = given or assumed_importance(source, text, include=include, exclude=exclude)
     plan = _checked(source, limit, origin, recipe, sources, allowed, assumed)
