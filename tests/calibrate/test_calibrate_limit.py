@@ -53,7 +53,7 @@ def test_bits_per_weight_are_of_the_tensors(plan: Plan) -> None:
     ["", "0", "0GB", "-1GB", "GB", "1e9", "nan", "inf", "4.25 bits", "2,2GB", "1_000", "1" * 40, "٣GB", "2.GB", "5%%"],
 )
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(RequestError, match="--budget takes a size such as 2.2GB"):
+    with pytest.raises(RequestError, match="--budget takes a size such"):
         Limit.parse(text)
 
 

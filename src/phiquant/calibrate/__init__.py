@@ -1,17 +1,36 @@
-"""What needs the engine and the quantizers together: the importance matrix, collected by running a model on a text."""
+"""What needs the engine and the quantizers together: importance from a text, and mixes of types for a size."""
 
+from phiquant.calibrate.budget import Menu, mix_entries, room_for
+from phiquant.calibrate.candidates import READERS, reader_types
 from phiquant.calibrate.collect import Calibration, Done, collect
 from phiquant.calibrate.combine import check_same_model, combine
+from phiquant.calibrate.limit import Limit
+from phiquant.calibrate.mix import Mix, find_mix
+from phiquant.calibrate.planfile import PlanFile
+from phiquant.calibrate.probe import Probe
+from phiquant.calibrate.sensitivity import Sensitivities, measure
 from phiquant.calibrate.statistics import LayerFigures, TensorFigures, layer_figures, tensor_figures
 
 __all__ = [
+    "READERS",
     "Calibration",
     "Done",
     "LayerFigures",
+    "Limit",
+    "Menu",
+    "Mix",
+    "PlanFile",
+    "Probe",
+    "Sensitivities",
     "TensorFigures",
     "check_same_model",
     "collect",
     "combine",
+    "find_mix",
     "layer_figures",
+    "measure",
+    "mix_entries",
+    "reader_types",
+    "room_for",
     "tensor_figures",
 ]

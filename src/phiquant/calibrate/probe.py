@@ -57,7 +57,7 @@ class Probe:
         text: str,
         *,
         context: int = 512,
-        tokens: int = 2048,
+        tokens: int = 1024,
         threads: int = 0,
         backend: str = "auto",
         tell: Callable[[str], None] | None = None,
@@ -67,11 +67,9 @@ class Probe:
         self._gguf = open_model(path)
         try:
             self._config = config = arch.load(self._gguf)
-            context = min(context, config.context_length)
             tokenizer = Tokenizer.from_gguf(self._gguf)
             ids = np.array(tokenizer.encode(text, special=False), np.int32)
-            if len(ids) < context:
-                context = max(2, len(ids) // 2)
+            context = min(context, config.context_length, max(len(ids) // 2, 2))
             chunks = cut(ids, context, 0, None)
             count = max(1, min(len(chunks), round(tokens / context)))
             self._chunks = chunks[np.arange(count) * len(chunks) // count].copy()

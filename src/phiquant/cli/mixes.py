@@ -10,7 +10,7 @@ from phiquant.gguf import GGMLType
 
 __all__ = ["DEFAULT_TOKENS", "MixOptions"]
 
-DEFAULT_TOKENS: Final = 2048
+DEFAULT_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TextIO
@@ -48,16 +49,17 @@ def budgeted(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    quantizer: Quantizer = quantized,
+    quantizer: Quantizer | None = None,
     threads: int = 0,
     quiet: bool = False,
 ) -> Plan | None:
     """The plan of the best mix for a budget; None if that was only to be shown.
 
-    `text` is read to measure, and for importance if none is `given`. Errors as for `Calibration`, `find_mix` and what
-    `sources` makes.
+    `text` is read to measure, and for importance if none is `given`; `quantizer` None: the usual one. Errors as for
+    `Calibration`, `find_mix` and what `sources` makes.
     """
     assert options.budget is not None
+    used = quantizer or partial(quantized, threads=threads)
     limit, read, allowed = Limit.parse(options.budget), text_of(text), options.types()
     origin = str(text).encode(errors="replace").decode()
     # Whatever can be refused is refused before the work.
@@ -82,7 +84,7 @@ def budgeted(
         )
         notices.clear()
         with _StageBar(probe.tokens, quiet=quiet) as bar:
-            mix = find_mix(probe, menu.weights, menu.types, room, quantizer=quantizer, told=bar.advanced)
+            mix = find_mix(probe, menu.weights, menu.types, room, quantizer=used, told=bar.advanced)
         seconds = time.perf_counter() - begin
         found = PlanFile(mix, limit.text, origin)
         if options.save_plan is not None:
