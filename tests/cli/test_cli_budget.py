@@ -9,6 +9,8 @@ import pytest
 
 from phiquant import LLM
 from phiquant.cli.app import run
+from phiquant.cli.commands.options import MIX_TOKENS
+from phiquant.cli.mixes import DEFAULT_TOKENS
 from phiquant.convert import convert
 from phiquant.gguf import GGMLType, GGUFFile, keys, open_model
 
@@ -170,3 +172,22 @@ def test_there_is_no_type(arguments: list[str], what: str, capsys: pytest.Captur
 def test_options_of_a_mix_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["quantize", "--save-plan", "x.toml", "in.gguf", "Q4_K_M"]) == 1
     assert "--save-plan belongs to a mix that is found for a size" in capsys.readouterr().err
+
+
+@pytest.mark.cpu
+def test_what_is_quantized_already_is_quantized_again_only_if_allowed(
+    short: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["quantize", "-q", str(whole), "q8.gguf", "Q8_0"]) == 0
+    common = ["quantize", "--budget", "12MB", "--plan-only", "--calibrate", str(short), *FEW, "q8.gguf"]
+    assert run(common) == 1
+    assert "is Q8_0 already and would be quantized to" in capsys.readouterr().err
+    assert run([*common, "--allow-requantize", "--mix-types", "q4_k,q5_k,q6_k"]) == 0
+    kinds = set(tomllib.loads(capsys.readouterr().out)["types"].values())
+    assert len(kinds) > 1
+    assert kinds <= {"Q4_K", "Q5_K", "Q6_K", "Q8_0"}
+
+
+def test_the_default_is_said_once_more_where_the_options_are() -> None:
+    assert MIX_TOKENS == DEFAULT_TOKENS

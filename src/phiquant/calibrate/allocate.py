@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Choice", "allocate"]
 
-_CELLS: Final = 1 << 27  # items times units: one byte of each is kept
+_CELLS: Final = 1 << 25  # items times units: one byte of each is kept
 
 
 @dataclass(frozen=True)

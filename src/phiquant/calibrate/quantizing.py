@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.convert.rows import convert_rows
+from phiquant.errors import WeightsError
 from phiquant.gguf import GGMLType
 from phiquant.kernels.dequantize import dequantize_rows
 
@@ -49,9 +50,11 @@ def quantized(tensor: PlannedTensor, data: Bytes, *, threads: int = 0) -> Bytes:
     def convert(part: tuple[int, int, int]) -> None:
         matrix, begin, end = part
         weights = None if tensor.importance is None else tensor.importance[matrix]
-        done = convert_rows(
-            rows[begin:end].reshape(-1), tensor.source, tensor.type, end - begin, columns, importance=weights
-        )
+        part_rows = rows[begin:end].reshape(-1)
+        try:
+            done = convert_rows(part_rows, tensor.source, tensor.type, end - begin, columns, importance=weights)
+        except WeightsError as error:
+            raise WeightsError(f"Tensor {tensor.name}: {error}") from error
         out[begin:end] = done.reshape(end - begin, -1)
 
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
