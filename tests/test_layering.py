@@ -47,7 +47,7 @@ DIRECT = {
     "eval": {"llm"},
     "bench": {"kernels", "llm"},
     "report": {"gguf", "quants", "kernels", "convert", "text", "llm", "eval"},
-    "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine"},
+    "calibrate": {"gguf", "quants", "arch", "text", "kernels", "convert", "model", "engine", "eval"},
     "cli": {
         "gguf",
         "quants",

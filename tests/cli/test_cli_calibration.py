@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from phiquant.cli.app import run
-from phiquant.cli.quantize import QuantizeOptions, quantize
+from phiquant.cli.quantize import quantize
+from phiquant.cli.quantize_options import QuantizeOptions
 from phiquant.convert import convert
 from phiquant.convert.imatrix import read
 from phiquant.errors import RequestError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from phiquant.cli.quantize import Arguments, QuantizeOptions, parse_arguments, quantize
+from phiquant.cli.quantize import quantize
+from phiquant.cli.quantize_options import Arguments, QuantizeOptions, parse_arguments
 from phiquant.convert.filetypes import parse_file_type
 from phiquant.errors import RequestError, TypeNameError
 from phiquant.gguf import GGUFFile

@@ -1,4 +1,4 @@
-"""A text in chunks, as models read it for calibration: cut as llama-imatrix cuts it."""
+"""A text in chunks, as models read it for calibration: cut as llama-imatrix cuts it; and a step that reads one."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE
 from phiquant.errors import RequestError
+from phiquant.kernels.ops import Step
 from phiquant.text import Tokenizer
 
-__all__ = ["DEFAULT_TOKENS", "Chunks", "cut"]
+__all__ = ["DEFAULT_TOKENS", "Chunks", "chunk_step", "cut"]
 
 DEFAULT_TOKENS: Final = 16_384
 """Tokens of a text that error feedback reads, if it has as many."""
@@ -80,7 +81,10 @@ class Chunks:
 
 
 def cut(ids: NDArray[np.int32], context: int, skip: int, chunks: int | None) -> NDArray[np.int32]:
-    """The chunks that will be read, int32 [chunks, context]."""
+    """The chunks that will be read, int32 [chunks, context].
+
+    RequestError if there are not two of them after the first `skip`, whatever is read of them.
+    """
     left = len(ids) - skip * context
     if left < 2 * context:
         after = f" after the {skip} chunks that are skipped" if skip else ""
@@ -90,3 +94,27 @@ def cut(ids: NDArray[np.int32], context: int, skip: int, chunks: int | None) -> 
         )
     count = min(left // context, chunks or left)
     return ids[skip * context :][: count * context].reshape(count, context)
+
+
+def chunk_step(
+    tokens: NDArray[np.int32],
+    rotation: tuple[NDArray[np.float32], NDArray[np.float32]],
+    pages: int,
+    outputs: NDArray[np.int32],
+    start: int = 0,
+) -> Step:
+    """The step that reads `tokens`, which begin at position `start` of their chunk, into the pages 0 to `pages` - 1.
+
+    `rotation`: cos and sin of all positions of a chunk; `outputs`: indices of the tokens whose logits are wanted.
+    """
+    stop = start + len(tokens)
+    cos, sin = rotation
+    return Step(
+        tokens=tokens,
+        positions=np.arange(start, stop, dtype=np.int32),
+        slots=np.zeros(len(tokens), np.int32),
+        pages=np.arange(pages, dtype=np.int32)[None],
+        cos=cos[start:stop],
+        sin=sin[start:stop],
+        outputs=outputs,
+    )

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from phiquant import arch
 from phiquant.arch import names
-from phiquant.calibrate.chunks import cut
+from phiquant.calibrate.chunks import chunk_step, cut
 from phiquant.calibrate.observe import observe
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Statistic
 from phiquant.errors import RequestError
 from phiquant.gguf import open_model
-from phiquant.kernels.ops import Capacity, Step
+from phiquant.kernels.ops import Capacity
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
 from phiquant.text import Tokenizer
@@ -133,7 +133,7 @@ class Calibration:
             )
             self._executable = select(backend, tell).prepare(program, capacity)
             rope = Rope(config.rotary)
-            self._cos, self._sin = rope.rotation(np.arange(context, dtype=np.int32), rope.regime(context))
+            self._rotation = rope.rotation(np.arange(context, dtype=np.int32), rope.regime(context))
         except BaseException:
             self._gguf.close()
             raise
@@ -196,7 +196,10 @@ class Calibration:
         wanted = range(self.context) if self._all_outputs else scored
         for start, stop in self._parts(wanted):
             outputs = range(max(start, wanted.start), min(stop, wanted.stop))
-            logits = self._executable.run(self._step(tokens, start, stop, outputs))
+            wanted_rows = np.array(outputs, np.int32) - np.int32(start)
+            logits = self._executable.run(
+                chunk_step(tokens[start:stop], self._rotation, self._executable.capacity.pages, wanted_rows, start)
+            )
             first, last = max(start, scored.start), min(stop, scored.stop)
             if first < last:
                 rows = logits[first - outputs.start : last - outputs.start]
@@ -215,17 +218,6 @@ class Calibration:
                 stop = first + capacity.outputs
             yield start, stop
             start = stop
-
-    def _step(self, tokens: NDArray[np.int32], start: int, stop: int, outputs: range) -> Step:
-        return Step(
-            tokens=tokens[start:stop],
-            positions=np.arange(start, stop, dtype=np.int32),
-            slots=np.zeros(stop - start, np.int32),
-            pages=np.arange(self._executable.capacity.pages, dtype=np.int32)[None],
-            cos=self._cos[start:stop],
-            sin=self._sin[start:stop],
-            outputs=np.array(outputs, np.int32) - np.int32(start),
-        )
 
 
 def collect(

@@ -20,6 +20,9 @@ class Original:
 
     A context manager: the converted file is gone afterwards.
 
+    Attributes:
+        source: what it is made of.
+
     Args:
         source: must be open as long as this is.
         folder: holds the converted file, which is as large as the checkpoint.
@@ -28,7 +31,8 @@ class Original:
     """
 
     def __init__(self, source: Source, folder: Path, *, threads: int = 0, quiet: bool = False) -> None:
-        self._source, self._folder, self._threads = source, folder, threads
+        self.source = source
+        self._folder, self._threads = folder, threads
         self._notices = Notices(quiet=quiet)
         self._path: Path | None = None
         self._stack = ExitStack()
@@ -40,13 +44,13 @@ class Original:
         return self._path
 
     def _made(self) -> Path:
-        if not isinstance(self._source, CheckpointSource):
-            return self._source.files[0]
+        if not isinstance(self.source, CheckpointSource):
+            return self.source.files[0]
         try:
             temporary = tempfile.TemporaryDirectory(prefix=".phiquant-calibrate-", dir=self._folder)
         except OSError as error:
             raise OutputError(f"{self._folder} cannot hold a temporary file: {error.strerror or error}.") from error
-        plan = plan_convert(self._source, "auto", Path(self._stack.enter_context(temporary)) / "lossless.gguf")
+        plan = plan_convert(self.source, "auto", Path(self._stack.enter_context(temporary)) / "lossless.gguf")
         self._notices.progress(f"converting the checkpoint to a temporary file of {plan.size / 1e9:.2f} GB")
         execute(plan, threads=self._threads)
         self._notices.clear()

@@ -6,21 +6,30 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from phiquant.cli.conversion import ConversionBar, print_plan, print_report
+from phiquant.cli.mixes import Choice, MixOptions
 from phiquant.cli.models import fetched, source_of
 from phiquant.cli.notices import Notices
 from phiquant.cli.original import Original
-from phiquant.convert import Importance, Options, Target, TypePattern, parse_file_type, parse_tensor_type
+from phiquant.cli.quantize_options import (
+    DEFAULT_TOKENS,
+    QuantizeOptions,
+    check_mix,
+    method_of,
+    parse_arguments,
+)
+from phiquant.convert import Importance, Options, Target, TypePattern, parse_tensor_type
+from phiquant.convert.entries import Entry
 from phiquant.convert.overrides import parse_override
-from phiquant.convert.parts import WHOLE, Division, in_parts, keep_parts
-from phiquant.convert.plan import Plan, plan_quantize
+from phiquant.convert.parts import in_parts, keep_parts
+from phiquant.convert.plan import Plan, output_folder, plan_quantize
 from phiquant.convert.prune import parse_layers
 from phiquant.convert.run import Maker, execute
 from phiquant.convert.source import Source, open_source
 from phiquant.convert.weighing import Calibrated
-from phiquant.errors import RequestError, TypeNameError
+from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType
 from phiquant.gguf.output import check_space
 from phiquant.gguf.quality import Quality
@@ -28,58 +37,13 @@ from phiquant.gguf.quality import Quality
 if TYPE_CHECKING:
     from phiquant.cli.measuring import MeasureText
 
-__all__ = ["DEFAULT_TOKENS", "METHODS", "Arguments", "QuantizeOptions", "parse_arguments", "quantize"]
-
-METHODS: Final = ("feedback", "imatrix", "plain")
-DEFAULT_TOKENS: Final = 16_384
-"""Tokens of a text that error feedback reads, if it has as many."""
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments without a name."""
-
-    model: str
-    outfile: Path | None
-    target: Target
-    threads: int  # 0: one for each core
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """llama-quantize's options as they are written."""
-
-    pure: bool = False
-    output_tensor_type: str | None = None
-    token_embedding_type: str | None = None
-    tensor_type: Sequence[str] = ()
-    tensor_type_file: Path | None = None
-    imatrix: Path | None = None
-    calibrate: Path | None = None
-    method: str | None = None
-    calibration_tokens: int | None = None
-    statistics: Path | None = None
-    measure: bool = True
-    measure_text: Path | None = None
-    include_weights: Sequence[str] = ()
-    exclude_weights: Sequence[str] = ()
-    prune_layers: str | None = None
-    leave_output_tensor: bool = False
-    allow_requantize: bool = False
-    override_kv: Sequence[str] = ()
-    keep_nan: bool = False
-    division: Division = WHOLE
-    keep_split: bool = False
-    resume: bool = False
-    max_memory: int | None = None
-    dry_run: bool = False
-    quiet: bool = False
+__all__ = ["quantize"]
 
 
 def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *, repository: str | None = None) -> int:
     """Quantize, or show what would be done. `arguments`: IN [OUT] TYPE [NTHREADS], without IN if a `repository` is."""
-    parsed = parse_arguments(arguments if repository is None else [repository, *arguments])
     options = options or QuantizeOptions()
+    parsed = parse_arguments(arguments if repository is None else [repository, *arguments], mix=options.mix.wanted)
     patterns = [*options.tensor_type, *_listed_types(options.tensor_type_file)]
     chosen = Options(
         pure=options.pure,
@@ -89,7 +53,8 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
         leave_output_tensor=options.leave_output_tensor,
     )
     overrides = [parse_override(text) for text in options.override_kv]
-    method = _method(options)
+    method = method_of(options)
+    check_mix(options, method)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     if repository is None:
         model: str | Path = source_of(parsed.model, quiet=options.quiet)
@@ -97,36 +62,45 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
         model = fetched(repository, quiet=options.quiet)
     with open_source(model, quiet=options.quiet) as source, ExitStack() as stack:
         text = _measure_text(source, options)
+        folder = output_folder(source, parsed.outfile).absolute()
+        original = Original(source, folder, threads=parsed.threads, quiet=options.quiet)
+        stack.enter_context(original)
 
-        def planned(importance: Importance | None, calibrated: Calibrated | None = None) -> Plan:
+        def plan_of(choice: Choice, statistics: Statistics, of: Source = source) -> Plan:
             plan = plan_quantize(
-                source,
-                parsed.target,
+                of,
+                choice.target,
                 parsed.outfile,
-                chosen,
-                overrides=overrides,
+                choice.recipe,
+                overrides=[*overrides, *choice.entries],
                 allow_requantize=options.allow_requantize,
-                importance=importance,
-                calibrated=calibrated,
+                importance=statistics.importance,
+                calibrated=statistics.calibrated,
                 prune=prune,
                 dry_run=options.dry_run,
             )
-            plan = replace(plan, quality=None if text is None else text.unknown(source.name))
+            path = _mix_path(plan, parsed.outfile, options.mix) if options.mix.wanted else plan.path
+            plan = replace(plan, path=path, quality=None if text is None else text.unknown(source.name))
             return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
 
-        plan = _assumed(source, options, method, planned)
+        assumed = _assumed(source, options, method)
+        if options.mix.wanted:
+            tokens = None if text is None else text.check(original.path())
+            found = _mix(original, options, chosen, assumed, plan_of, tokens, parsed.threads)
+            if found is None:
+                return 0
+            choice, assumed = found
+        else:
+            assert parsed.target is not None
+            choice = Choice(parsed.target, chosen)
+        plan = plan_of(choice, assumed)
         if options.dry_run:
             print_plan(plan)
             return 0
         _check(plan, options, method)
-        original = Original(source, plan.path.absolute().parent, threads=parsed.threads, quiet=options.quiet)
-        stack.enter_context(original)
         tokens = None if text is None else text.check(original.path())
-        maker: Maker | None = None
-        if method == "feedback":
-            plan, maker = _fed_back(original, options, parsed.threads, tokens, planned, stack)
-        elif method == "imatrix" and options.calibrate is not None:
-            plan = _calibrated(original, options.calibrate, options, parsed.threads, tokens, planned)
+        statistics, maker = _collected(original, options, method, assumed, parsed.threads, tokens, stack)
+        plan = plan_of(choice, statistics)
         with ConversionBar(quiet=options.quiet) as bar:
 
             def measure(file: Path) -> Quality:
@@ -153,54 +127,14 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
     return 0
 
 
-def parse_arguments(arguments: Sequence[str]) -> Arguments:
-    """Tell OUT from TYPE as llama-quantize does: the second argument is the type if it is the name or number of one."""
-    if not 2 <= len(arguments) <= 4:
-        raise RequestError("quantize takes IN [OUT] TYPE [NTHREADS], such as: quantize model-F16.gguf Q4_K_M")
-    model, *rest = arguments
-    outfile: Path | None = None
-    if len(rest) > 1 and not _names_a_type(rest[0]):
-        outfile = Path(rest.pop(0))
-    target = parse_file_type(rest[0])
-    threads = rest[1] if len(rest) > 1 else "0"
-    if len(rest) > 2 or not (threads.isascii() and threads.isdecimal()):
-        raise RequestError(f"{rest[-1]!r} is not a number of threads; quantize takes IN [OUT] TYPE [NTHREADS].")
-    return Arguments(model, outfile, target, int(threads))
+def _mix_path(plan: Plan, outfile: Path | None, mix: MixOptions) -> Path:
+    """Where a mix goes: NAME-SIZE.gguf, if no file is given."""
+    if outfile is not None and not outfile.is_dir():
+        return plan.path
+    from phiquant.calibrate.limit import Limit
 
-
-def _names_a_type(text: str) -> bool:
-    try:
-        parse_file_type(text)
-    except TypeNameError:
-        return False
-    return True
-
-
-def _method(options: QuantizeOptions) -> str:
-    """How weights are rounded, once what the options say of it makes sense; nothing has been read yet."""
-    text, reads = options.calibrate, options.calibrate is not None or options.statistics is not None
-    method = options.method or ("feedback" if reads else "imatrix" if options.imatrix is not None else "plain")
-    if method not in METHODS:
-        raise RequestError(f"--method is {', '.join(METHODS[:-1])} or {METHODS[-1]}, not {method!r}.")
-    if options.imatrix is not None and reads:
-        raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
-    if options.statistics is not None and method != "feedback":
-        raise RequestError(f"--statistics is for --method feedback, not {method}; leave it out.")
-    if method == "feedback" and not reads:
-        raise RequestError("--method feedback needs a text that the model reads; give one with --calibrate TEXT.")
-    if method == "imatrix" and text is None and options.imatrix is None:
-        raise RequestError("--method imatrix needs --imatrix FILE, or --calibrate TEXT to make one of.")
-    if options.calibration_tokens is not None and (text is None or method == "plain"):
-        raise RequestError("--calibration-tokens counts tokens of a text; give one with --calibrate TEXT.")
-    if method == "plain" or not (reads or options.imatrix):
-        for name, given in (("include", options.include_weights), ("exclude", options.exclude_weights)):
-            if given:
-                raise RequestError(
-                    f"--{name}-weights chooses entries of an importance matrix; pass one with --imatrix."
-                )
-    if method == "plain" and options.imatrix is not None:
-        raise RequestError("--method plain uses no importance matrix; leave out --imatrix or choose another method.")
-    return method
+    label = Limit.parse(mix.budget).label if mix.budget is not None else mix.plan.stem if mix.plan is not None else ""
+    return plan.path.with_name(f"{plan.path.stem.removesuffix(plan.target.name)}{label}.gguf")
 
 
 def _opened(path: Path, options: QuantizeOptions) -> Importance:
@@ -233,28 +167,74 @@ def _measure_text(source: Source, options: QuantizeOptions) -> MeasureText | Non
     return MeasureText.read(path, held_out=options.measure_text is None)
 
 
-def _assumed(
-    source: Source,
-    options: QuantizeOptions,
-    method: str,
-    planned: Callable[[Importance | None, Calibrated | None], Plan],
-) -> Plan:
-    """The plan; where something is yet to be collected, with what is only assumed of it: the sizes are right."""
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of the weights' inputs: importance, or that there is error feedback, or neither."""
+
+    importance: Importance | None = None
+    calibrated: Calibrated | None = None
+
+
+def _assumed(source: Source, options: QuantizeOptions, method: str) -> Statistics:
+    """What is there; where something is yet to be collected, what is assumed of it: plans have the right sizes."""
     include, exclude = options.include_weights, options.exclude_weights
     if method == "feedback":
         from phiquant.cli import calibration  # loads the engine, which quantizing does without
 
-        return planned(
-            None,
-            calibration.assumed_calibration(options.calibrate, options.statistics, include=include, exclude=exclude),
+        return Statistics(
+            calibrated=calibration.assumed_calibration(
+                options.calibrate, options.statistics, include=include, exclude=exclude
+            )
         )
-    if method == "imatrix" and options.calibrate is not None:
+    if options.imatrix is not None:
+        return Statistics(_opened(options.imatrix, options))
+    if method == "imatrix":
         from phiquant.cli import calibration
 
-        return planned(
-            calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude), None
-        )
-    return planned(None if options.imatrix is None else _opened(options.imatrix, options), None)
+        assert options.calibrate is not None
+        return Statistics(calibration.assumed_importance(source, options.calibrate, include=include, exclude=exclude))
+    return Statistics()
+
+
+def _mix(
+    original: Original,
+    options: QuantizeOptions,
+    recipe: Options,
+    assumed: Statistics,
+    plan_of: Callable[[Choice, Statistics, Source], Plan],
+    most: int | None,
+    threads: int,
+) -> tuple[Choice, Statistics] | None:
+    """The types of a mix, and what was assumed or is now known; None if it was only to be shown.
+
+    `most`: tokens of the text that may be read, None for all.
+    """
+    from phiquant.cli import mixing  # loads the engine, which quantizing does without
+
+    def planner(of: Source) -> Callable[[Target, Options, Sequence[Entry]], Plan]:
+        return lambda target, recipe, entries: plan_of(Choice(target, recipe, entries), assumed, of)
+
+    mix = options.mix
+    if mix.plan is not None:
+        return mixing.from_file(original.source, mix.plan, recipe, planner(original.source)), assumed
+    assert options.calibrate is not None
+    found = mixing.budgeted(
+        original,
+        options.calibrate,
+        None if options.imatrix is None else assumed.importance,
+        mix,
+        recipe,
+        planner,
+        include=options.include_weights,
+        exclude=options.exclude_weights,
+        tokens=_fewest(options.calibration_tokens, most),
+        threads=threads,
+        quiet=options.quiet,
+    )
+    if found is None:
+        return None
+    choice, importance = found
+    return choice, assumed if assumed.importance is None else Statistics(importance)
 
 
 def _check(plan: Plan, options: QuantizeOptions, method: str) -> None:
@@ -271,41 +251,32 @@ def _check(plan: Plan, options: QuantizeOptions, method: str) -> None:
         check_space(plan.path, plan.size)
 
 
-def _calibrated(
+def _collected(
     original: Original,
-    text: Path,
     options: QuantizeOptions,
+    method: str,
+    known: Statistics,
     threads: int,
     most: int | None,
-    planned: Callable[[Importance | None], Plan],
-) -> Plan:
-    """The plan with importance collected from a text, of its first `most` tokens if that is a number."""
-    from phiquant.cli import calibration
+    stack: ExitStack,
+) -> tuple[Statistics, Maker | None]:
+    """What is collected from a text, of its first `most` tokens if that is a number; and what makes the weights."""
+    if method == "plain" or options.imatrix is not None or (method == "imatrix" and options.mix.budget is not None):
+        return known, None
+    from phiquant.cli import calibration  # loads the engine, which quantizing does without
 
-    return planned(
-        calibration.calibrated_importance(
+    if method == "imatrix":
+        assert options.calibrate is not None
+        importance = calibration.calibrated_importance(
             original,
-            text,
+            options.calibrate,
             include=options.include_weights,
             exclude=options.exclude_weights,
             tokens=_fewest(options.calibration_tokens, most),
             threads=threads,
             quiet=options.quiet,
         )
-    )
-
-
-def _fed_back(
-    original: Original,
-    options: QuantizeOptions,
-    threads: int,
-    most: int | None,
-    planned: Callable[[Importance | None, Calibrated | None], Plan],
-    stack: ExitStack,
-) -> tuple[Plan, Maker | None]:
-    """The plan with error feedback, and what makes its weights; `most` as for `_calibrated`."""
-    from phiquant.cli import calibration
-
+        return Statistics(importance), None
     tokens = _fewest(DEFAULT_TOKENS if options.calibration_tokens is None else options.calibration_tokens, most)
     assert tokens is not None
     calibrated, maker = stack.enter_context(
@@ -320,7 +291,7 @@ def _fed_back(
             quiet=options.quiet,
         )
     )
-    return planned(None, calibrated), maker
+    return Statistics(calibrated=calibrated), maker
 
 
 def _fewest(*counts: int | None) -> int | None:

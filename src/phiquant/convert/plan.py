@@ -37,7 +37,16 @@ from phiquant.gguf.checksum import DIGITS
 from phiquant.gguf.quality import Quality, is_quality_key
 from phiquant.gguf.split import part_path, split_name
 
-__all__ = ["Part", "Plan", "checksum_entries", "padded", "plan_convert", "plan_quantize", "quality_entries"]
+__all__ = [
+    "Part",
+    "Plan",
+    "checksum_entries",
+    "output_folder",
+    "padded",
+    "plan_convert",
+    "plan_quantize",
+    "quality_entries",
+]
 
 _ALIGNMENT = 32
 _CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -266,20 +275,26 @@ def _usual_type(tensors: Iterable[Tensor]) -> str:
     return "f16"
 
 
-def _output(source: Source, target: Target, path: Path | None) -> Path:
-    """The given path, or NAME-TYPE.gguf: in the given directory, beside a GGUF source, or in the current directory.
+def output_folder(source: Source, path: Path | None) -> Path:
+    """Where an output goes whose path is given: itself if that is a directory. Else beside a GGUF source, or here.
 
     Not beside a source in the Hub's cache, which belongs to other programs, too.
     """
+    if path is not None:
+        return path if path.is_dir() else path.parent
+    beside = isinstance(source, GGUFSource) and not hub.is_cached(source.files[0])
+    return source.files[0].parent if beside else Path()
+
+
+def _output(source: Source, target: Target, path: Path | None) -> Path:
+    """The given path, or NAME-TYPE.gguf in `output_folder`."""
     if path is not None and not path.is_dir():
         return path
     name = source.name
     stem, hyphen, last = name.rpartition("-")
     if isinstance(source, GGUFSource) and hyphen and last.upper() in FileType.__members__:
         name = stem  # model-F16.gguf becomes model-Q4_K_M.gguf
-    beside = isinstance(source, GGUFSource) and not hub.is_cached(source.files[0])
-    folder = path or (source.files[0].parent if beside else Path())
-    return folder / f"{name}-{target.name}.gguf"
+    return output_folder(source, path) / f"{name}-{target.name}.gguf"
 
 
 def padded(count: int) -> int:

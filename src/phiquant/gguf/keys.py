@@ -138,6 +138,13 @@ TENSOR_CHECKSUMS: Final = "phiquant.checksum.tensors"
 QUALITY: Final = "phiquant.quality."
 QUALITY_WEIGHTS: Final = "phiquant.quality.weights"
 
+# Of mixes made for a size: the size as it was asked for and the name of a text, strings; the divergence from the source
+# on that text in nats for each token, float32.
+MIX_BUDGET: Final = "phiquant.mix.budget"
+MIX_TEXT: Final = "phiquant.mix.text"
+MIX_PREDICTED: Final = "phiquant.mix.predicted_divergence"
+MIX_MEASURED: Final = "phiquant.mix.measured_divergence"
+
 
 class ArchitectureKeys:
     """The keys that carry an architecture's hyperparameters, each an attribute of its name."""

@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from .options import (
+    MIX_TOKENS,
     Checkpoint,
     HfRepo,
     Json,
@@ -66,7 +67,7 @@ def quantize(
             metavar="IN [OUT] TYPE [NTHREADS]",
             help="IN: a GGUF file, a checkpoint's folder or a repository; none with --hf-repo. OUT: by default a name "
             "with the type in it. "
-            "TYPE: such as Q4_K_M, or llama.cpp's number, or COPY.",
+            "TYPE: such as Q4_K_M, or llama.cpp's number, or COPY; none with --budget or --plan.",
         ),
     ],
     hf_repo: HfRepo = None,
@@ -139,6 +140,35 @@ def quantize(
         Path | None,
         Option("--measure-text", metavar="TEXT", help="Measure on this text instead, with or without --calibrate."),
     ] = None,
+    budget: Annotated[
+        str | None,
+        Option(
+            "--budget",
+            metavar="SIZE",
+            help="Instead of TYPE: the type of every weight is chosen so that the file keeps this size and the model "
+            "diverges least on the text of --calibrate. 2.2GB, 900MiB, 4.25bpw (bits per weight), 30% (of IN).",
+        ),
+    ] = None,
+    plan_only: Annotated[
+        bool, Option("--plan-only", help="With --budget: print the types and what they cost; write no model.")
+    ] = False,
+    save_plan: Annotated[
+        Path | None, Option("--save-plan", metavar="FILE", help="With --budget: write the types to a file (TOML).")
+    ] = None,
+    plan: Annotated[
+        Path | None, Option("--plan", metavar="FILE", help="Instead of TYPE: the types that this file has.")
+    ] = None,
+    reader: Annotated[
+        str,
+        Option("--reader", metavar="NAME", help="Of the types that this program reads: llama.cpp or ours (phiquant)."),
+    ] = "llama.cpp",
+    mix_types: Annotated[
+        str | None, Option("--mix-types", metavar="TYPE,...", help="With --budget: of these types alone, and IN's own.")
+    ] = None,
+    sensitivity_tokens: Annotated[
+        int,
+        Option("--sensitivity-tokens", metavar="N", help="With --budget: tokens that are read for each measurement."),
+    ] = MIX_TOKENS,
     include_weights: Annotated[
         list[str] | None,
         Option(
@@ -174,11 +204,13 @@ def quantize(
 ) -> int:
     """Quantize a GGUF file, a checkpoint or a repository, in one step."""
     from .. import quantize as body
+    from ..quantize_options import QuantizeOptions
+    from ..mixes import MixOptions
     from ..notices import Notices
     from ..sizes import parse_size
     from ..split import division_of
 
-    options = body.QuantizeOptions(
+    options = QuantizeOptions(
         pure=pure,
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
@@ -204,6 +236,15 @@ def quantize(
         max_memory=None if max_memory is None else parse_size("--max-memory", max_memory),
         dry_run=dry_run,
         quiet=quiet,
+        mix=MixOptions(
+            budget=budget,
+            plan=plan,
+            plan_only=plan_only,
+            save_plan=save_plan,
+            reader=reader,
+            mix_types=mix_types,
+            sensitivity_tokens=sensitivity_tokens,
+        ),
     )
     with Notices(quiet=quiet).compiling():
         return body.quantize(arguments, options, repository=hf_repo)

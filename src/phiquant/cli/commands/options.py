@@ -7,6 +7,7 @@ from typer import Argument, Option
 
 __all__ = [
     "CACHE_TYPES",
+    "MIX_TOKENS",
     "BFloatDot",
     "CacheType",
     "Checkpoint",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by verbs that run models alone
+
+MIX_TOKENS = 1024  # as in `mixes`, which loads the converter
 
 Checkpoint = Annotated[
     str, Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision].")
