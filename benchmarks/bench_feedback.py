@@ -2,9 +2,10 @@
 
     python benchmarks/bench_feedback.py [--types Q4_K,IQ2_S] [--columns 3072,8192] [--rows 512] [--record]
 
-Inputs are random and correlated. Processor time rather than elapsed time, so that other work on the machine counts less.
-Printed are the time for the factors of a matrix's inputs, which all matrices that read them share; the speed of the rows;
-and the error of the products as a part of that of the same type chosen with an importance, which is the moments' diagonal.
+Inputs are random and correlated. Processor time rather than elapsed time, so that other work on the machine counts
+less. Printed are the time for the factors of a matrix's inputs, which all matrices that read them share; the speed of
+the rows; and the error of the products as a part of that of the same type chosen with an importance, which is the
+moments' diagonal.
 """
 
 from __future__ import annotations
