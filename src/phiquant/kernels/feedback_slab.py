@@ -107,12 +107,12 @@ class Inner:
     @classmethod
     def of(cls, unit: Floats, variances: Floats) -> Inner:
         """With all that follows from the factors."""
-        weighted = unit * variances
+        weighted: Floats = unit * variances
         inverse = np.linalg.inv(unit.astype(np.float64)).astype(np.float32)
         return cls(
             unit,
             np.ascontiguousarray(variances),
-            Corner.of(weighted @ unit.T),
+            Corner.of((weighted @ unit.T).astype(np.float32, copy=False)),
             np.ascontiguousarray(weighted.T),
             inverse,
         )

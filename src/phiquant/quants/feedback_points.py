@@ -84,8 +84,8 @@ def _grid(
 
 
 def _nibbles(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    both: npt.NDArray[np.uint8] = (data[..., None] >> np.array([0, 4], np.uint8) & 15).reshape(len(data), -1)
-    return both
+    both = (data[..., None] >> np.array([0, 4], np.uint8)).astype(np.uint8) & np.uint8(15)
+    return both.reshape(len(data), -1)
 
 
 def _steps(grid: Grid) -> Levels:
@@ -103,7 +103,8 @@ def _coded(grid: Grid, entries: Floats) -> npt.NDArray[np.uint32]:
     """Words [blocks, 8] of four sign codes and a scale."""
     signs = (_bits(entries < 0) & 127).astype(np.int64)
     words = (signs.reshape(len(signs), 8, 4) << 7 * np.arange(4)).sum(axis=2) | _steps(grid).astype(np.int64) << 28
-    return words.astype(np.uint32)
+    coded: npt.NDArray[np.uint32] = words.astype(np.uint32)
+    return coded
 
 
 def _write_iq2_xxs(blocks: Blocks, grid: Grid, entries: Floats) -> None:

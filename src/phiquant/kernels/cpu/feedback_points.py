@@ -104,7 +104,8 @@ class PointSearch:
         code = word.lsr(self.bits * i) & (2**self.bits - 1)
         values = self.how.values
         if values[-1] - values[0] == (len(values) - 1) * (values[1] - values[0]):
-            return (code * (values[1] - values[0]) + values[0]).to_float()
+            level: Value = code * (values[1] - values[0]) + values[0]
+            return level.to_float()
         value = k.real(float(values[-1]))
         for number, v in reversed(list(enumerate(values[:-1]))):
             value = e.where(code == number, k.real(float(v)), value)
