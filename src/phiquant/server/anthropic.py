@@ -58,6 +58,7 @@ class AnthropicTool(Body):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
     type: Name | None = None
 
 
@@ -89,8 +90,16 @@ class CountBody(Body):
         for tool in self.tools or ():
             if tool.type not in (None, "custom"):
                 raise refuse(f"there are no tools of type {str(tool.type)[:50]!r} here", "tools")
-            function = FunctionSpec(name=tool.name, description=tool.description, parameters=tool.input_schema)
-            specs.append(ToolSpec(function=function))
+            specs.append(
+                ToolSpec(
+                    function=FunctionSpec(
+                        name=tool.name,
+                        description=tool.description,
+                        parameters=tool.input_schema,
+                        strict=tool.strict,
+                    )
+                )
+            )
         choice: OpenAIChoice | None = None
         asked = self.tool_choice
         if asked is not None and asked.type == "tool":
