@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from phiquant.server.failures import refuse
-from phiquant.server.fields import Body, Name
+from phiquant.server.fields import Body, Name, Switch
 from phiquant.server.hosting import Loaded
 from phiquant.server.service import refuse_endless
 from phiquant.text.tools import Tool, Toolbox
@@ -74,7 +74,7 @@ class FunctionSpec(Body):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Switch | None = None
 
 
 class ToolSpec(Body):
