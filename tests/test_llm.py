@@ -434,6 +434,33 @@ def test_the_examples_of_the_page_run(
     exec(compile(code, str(PAGE), "exec"), {"__name__": "example"})
 
 
+def test_by_default_the_cache_takes_no_more_than_half_of_the_free_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert (llm.cache_tokens, llm.notes) == (8 * 256, [])
+        token = llm.cache_bytes // llm.cache_tokens
+        config: Any = llm.config
+        assert token == 2 * 2 * config.block_count * config.head_count_kv * config.head_size
+        free = llm.weight_bytes + 2 * token * (3 * 256 + 5)
+    monkeypatch.setattr("phiquant.loading.free_memory", lambda: free)
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert llm.cache_tokens == 3 * 256
+        (note,) = llm.notes
+        assert note.startswith("the cache holds 768 tokens, 0.0 GB, instead of 8 times 256")
+        made = llm.generate([PROMPT] * 8, max_tokens=200, temperature=0, ignore_eos=True)
+        assert len({one.text for one in made}) == 1
+    with LLM.load(path, context=256, parallel=8, cache_tokens=2048) as llm:
+        assert llm.cache_tokens == 2048  # what is asked for is done, and said
+        assert "more memory than the" in llm.notes[0]
+    free = 1
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert llm.cache_tokens == 256  # one whole sequence must fit
+    monkeypatch.setattr("phiquant.loading.free_memory", lambda: None)
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert llm.cache_tokens == 8 * 256
+
+
 def test_a_cache_smaller_than_all_contexts(path: Path) -> None:
     with pytest.raises(RequestError, match="cache_tokens is 100, less than the context of 256"):
         LLM.load(path, context=256, cache_tokens=100)

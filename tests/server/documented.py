@@ -23,7 +23,6 @@ class Documented:
         }
         self._components = _closed(document["components"])
         self._validators: dict[str, Any] = {}
-        self.checked: set[tuple[str, str, int]] = set()
 
     def operation(self, method: str, path: str) -> dict[str, Any] | None:
         """What the document says of an address; None if nothing."""
