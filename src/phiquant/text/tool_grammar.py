@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 
 from phiquant.errors import RequestError
 from phiquant.text.grammar import JSON_BLANK, Grammar
+from phiquant.text.schema_bounds import check_schema
 from phiquant.text.tool_reader import MARKED, TAGGED
 
 __all__ = ["Form", "calls_only", "words_or_calls"]
@@ -133,6 +134,8 @@ def _moved(schema: Any, place: str, depth: int = 0) -> Any:
     """A schema whose references to itself still hold when it lies at `place` of another."""
     if depth > 100:
         raise RequestError("the parameters of a tool are nested too deeply")
+    if depth == 0:
+        check_schema(schema)
     if isinstance(schema, Mapping):
         moved = {}
         for key, value in schema.items():
