@@ -47,8 +47,12 @@ class Documented:
         content = told["content"][media]
         if media == "application/json":
             self._validate(content["schema"], answer.json(), where)
-        for item in _items(media, answer.text) if "x-item" in content else ():
-            self._validate(content["x-item"], item, where)
+        for item in _items(media, answer.text) if "itemSchema" in content else ():
+            self._validate(content["itemSchema"], item, where)
+            if media == "text/event-stream" and item["data"] != "[DONE]":
+                data = content["itemSchema"]["properties"]["data"]
+                data = data["anyOf"][0] if "anyOf" in data else data
+                self._validate(data["contentSchema"], json.loads(item["data"]), where)
 
     def _validate(self, schema: dict[str, Any], value: Any, where: str) -> None:
         key = json.dumps(schema)
@@ -60,13 +64,14 @@ class Documented:
 
 
 def _items(media: str, text: str) -> Iterator[Any]:
-    """What a stream brings."""
+    """What a stream brings: values, or the fields of events."""
     if media == "application/x-ndjson":
         yield from map(json.loads, text.splitlines())
         return
-    for line in text.splitlines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line[6:])
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line and not line.startswith(":"))
+        if fields:
+            yield fields
 
 
 def _closed(schema: Any) -> Any:

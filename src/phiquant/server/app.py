@@ -68,6 +68,7 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        openapi_version="3.2.0",  # the first that describes the items of a stream
         redirect_slashes=False,
     )
     public = page.mount(app)

@@ -69,11 +69,11 @@ def answers(
     """
     found: dict[int | str, dict[str, Any]] = {200: {"model": whole, "description": "The answer."}}
     if streamed:
-        ends = ", the last of them data: [DONE]" if family == "openai" and whole is not responses.ResponseObject else ""
-        each = {"oneOf": [{"$ref": PLACE + shape.__name__} for shape in streamed]}
-        said = "Server-sent events" if media == EVENTS else "Lines of JSON"
-        schema = {"type": "string", "description": f"{said}{ends}; x-item is the schema of each."}
-        found[200]["content"] = {media: {"schema": schema, "x-item": each}}
+        each: dict[str, Any] = {"oneOf": [{"$ref": PLACE + shape.__name__} for shape in streamed]}
+        if media == EVENTS:
+            named = family == "anthropic" or whole is responses.ResponseObject
+            each = _event(each, named=named, done=family == "openai" and not named)
+        found[200]["content"] = {media: {"itemSchema": each}}
         found[200]["description"] = "The answer, or, with `stream`, its pieces as they come."
     for status, (description, headers) in {
         **_ALWAYS,
@@ -85,6 +85,18 @@ def answers(
         if headers:
             found[status]["headers"] = headers
     return found
+
+
+def _event(content: dict[str, Any], *, named: bool, done: bool) -> dict[str, Any]:
+    """A server-sent event, as OpenAPI describes it: `content` is the schema of its data, which are JSON.
+
+    named: whether the event has its type besides. done: whether the last one says [DONE] instead.
+    """
+    data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    fields = {"data": {"anyOf": [data, {"const": "[DONE]"}]} if done else data}
+    if named:
+        fields["event"] = {"type": "string", "description": "The `type` of the data."}
+    return {"type": "object", "properties": fields, "required": list(fields)}
 
 
 def plain_answers(family: Family, media: str) -> dict[int | str, dict[str, Any]]:
