@@ -68,7 +68,6 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
-        openapi_version="3.2.0",  # the first that describes the items of a stream
         redirect_slashes=False,
     )
     public = page.mount(app)
@@ -80,6 +79,7 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
     counters = metrics.Counters(hosting, addresses)
     if settings.metrics:
         app.include_router(metrics.routes(counters))
+    app.openapi_version = "3.2.0"  # the first that describes the items of a stream
     app.openapi = cache(partial(document, app, keys=bool(settings.api_keys)))  # type: ignore[method-assign]
     for kind in (RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _raise)

@@ -19,8 +19,6 @@ __all__ = ["lark_of"]
 
 MOST_RULES: Final = 1000
 """The reader looks at all of them as often as there are terminals."""
-MOST_RULES: Final = 1000
-"""The reader looks at all of them as often as there are terminals."""
 MOST_PARTS: Final = 100_000
 """Characters and classes of all terminals, written out; some microseconds each."""
 
@@ -32,9 +30,6 @@ def lark_of(text: str) -> str:
     """The same grammar as Lark. GrammarError if it is too large; what the reader raises if it is none."""
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    rules = text.count("::=")
-    if rules > MOST_RULES:
-        raise GrammarError(f"the grammar cannot be used: it has {rules:,} rules, and {MOST_RULES:,} are the most")
     rules = text.count("::=")
     if rules > MOST_RULES:
         raise GrammarError(f"the grammar cannot be used: it has {rules:,} rules, and {MOST_RULES:,} are the most")

@@ -29,21 +29,22 @@ _STREAMED: Final[Sequence[Any]] = (
 )
 """Shapes that are in streams, and so in no answer that FastAPI knows of."""
 
+_Statuses = Mapping[int, tuple[str, Mapping[str, Any]]]
 _RETRY: Final = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 _KEY: Final = {"WWW-Authenticate": {"schema": {"const": "Bearer"}}}
-_ALWAYS: Final = {
+_ALWAYS: Final[_Statuses] = {
     400: ("The request cannot be served; the message says why.", {}),
     401: ("A key is needed.", _KEY),
     403: ("The Host or the Origin is not one that may ask.", {}),
     500: ("The server failed at this request; its log says why.", {}),
 }
-_MODEL: Final = {404: ("There is no such model.", {})}
-_POST: Final = {
+_MODEL: Final[_Statuses] = {404: ("There is no such model.", {})}
+_POST: Final[_Statuses] = {
     408: ("The body took too long.", {}),
     413: ("The body is too large.", {}),
     415: ("The body is not JSON.", {}),
 }
-_WORK: Final = {
+_WORK: Final[_Statuses] = {
     429: ("Too many requests wait.", _RETRY),
     503: ("The server is shutting down.", _RETRY),
 }
