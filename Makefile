@@ -1,5 +1,5 @@
-# make help lists the targets. Variables: PYTHON, VENV, TORCH, PARITY_VENV, INTEROP_VENV, LLAMA_CPP_PYTHON,
-# LLAMA_CPP_SOURCE, LLAMA_CPP_NATIVE, SYNTHETIC.
+# make help lists the targets. Variables: PYTHON, VENV, TORCH, PARITY_VENV, INTEROP_VENV, EXAMPLES_VENV, FUZZ,
+# LLAMA_CPP_PYTHON, LLAMA_CPP_SOURCE, LLAMA_CPP_NATIVE, SYNTHETIC.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +8,8 @@ TORCH ?= torch
 PARITY_VENV ?= $(CACHE)/parity
 LLAMA_CPP_PYTHON ?= llama-cpp-python==0.3.36
 INTEROP_VENV ?= $(CACHE)/interop
+EXAMPLES_VENV ?= $(CACHE)/examples
+FUZZ ?= 1000
 LLAMA_CPP_SOURCE ?= $(CACHE)/llama.cpp
 LLAMA_CPP_NATIVE ?= $(CACHE)/llama.cpp-native
 SYNTHETIC ?= $(CACHE)/synthetic
@@ -16,13 +18,15 @@ BIN := $(VENV)/bin
 # The environments outside the clone are shared by clones, so their stamps name what was installed.
 DEPENDENCIES := $(shell cksum < pyproject.toml | cut -d' ' -f1)
 PARITY_STAMP := $(PARITY_VENV)/.ready-$(DEPENDENCIES)-$(subst =,_,$(TORCH))
+EXAMPLES_STAMP := $(EXAMPLES_VENV)/.ready-$(DEPENDENCIES)
 INTEROP_STAMP := $(INTEROP_VENV)/.ready-$(subst =,_,$(LLAMA_CPP_PYTHON))
 # Two builds of llama.cpp that contract multiplications and additions differently disagree on quantized bytes.
 EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-contract=off"
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs arm browser parity interop bench bench-speed bench-types bench-load soak table parity-table clean
+.PHONY: help demo test check docs arm browser examples fuzz parity interop bench bench-speed bench-types bench-load soak table \
+	parity-table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -40,6 +44,12 @@ arm: $(VENV)/.ready-tests ## the AArch64 kernels, cross-compiled, under qemu-use
 browser: $(VENV)/.ready-tests ## the chat page in Chromium, which has to be installed (Debian: apt-get install chromium)
 	$(BIN)/python $(PIP) --prefer-binary --group browser
 	$(BIN)/python -m pytest -m browser tests/browser
+
+examples: $(VENV)/.ready-tests $(EXAMPLES_STAMP) ## run examples/ against the server (installs their clients in an environment of its own)
+	PHIQUANT_EXAMPLES_PYTHON=$(abspath $(EXAMPLES_VENV))/bin/python $(BIN)/python -m pytest tests/server/test_server_examples.py
+
+fuzz: $(VENV)/.ready-tests ## $(FUZZ) requests of each kind to each endpoint of the server, made by schemathesis (half an hour)
+	PHIQUANT_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/server/test_server_fuzz.py
 
 check: $(VENV)/.ready-tests ## linter, formatting, types, imports between rooms, generated documentation
 	$(BIN)/ruff check .
@@ -112,6 +122,12 @@ $(PARITY_STAMP):
 	$(PARITY_VENV)/bin/python $(PIP) --upgrade 'pip>=25.1'
 	$(PARITY_VENV)/bin/python $(PIP) '$(TORCH)'
 	$(PARITY_VENV)/bin/python $(PIP) --prefer-binary --group parity --group test .
+	@touch $@
+
+$(EXAMPLES_STAMP):
+	test -x $(EXAMPLES_VENV)/bin/python || $(PYTHON) -m venv $(EXAMPLES_VENV)
+	$(EXAMPLES_VENV)/bin/python $(PIP) --upgrade 'pip>=25.1'
+	$(EXAMPLES_VENV)/bin/python $(PIP) --prefer-binary --group examples
 	@touch $@
 
 $(INTEROP_STAMP):

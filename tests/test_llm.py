@@ -1,5 +1,6 @@
 """The public API on the bundled model."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,8 @@ from phiquant.eval.kl import divergence
 from phiquant.kernels.cpu import library
 from phiquant.kernels.cpu.target import host
 from phiquant.quants import dequantize
+from phiquant.text.tool_reader import CallArguments
+from phiquant.text.tools import Tool, Toolbox
 
 TINY = Path(__file__).parents[1] / "models" / "phi3-tiny"
 PROMPT = "Once upon a time there was a little girl"
@@ -430,6 +434,33 @@ def test_the_examples_of_the_page_run(
     exec(compile(code, str(PAGE), "exec"), {"__name__": "example"})
 
 
+def test_by_default_the_cache_takes_no_more_than_half_of_the_free_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert (llm.cache_tokens, llm.notes) == (8 * 256, [])
+        token = llm.cache_bytes // llm.cache_tokens
+        config: Any = llm.config
+        assert token == 2 * 2 * config.block_count * config.head_count_kv * config.head_size
+        free = llm.weight_bytes + 2 * token * (3 * 256 + 5)
+    monkeypatch.setattr("phiquant.loading.free_memory", lambda: free)
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert llm.cache_tokens == 3 * 256
+        (note,) = llm.notes
+        assert note.startswith("the cache holds 768 tokens, 0.0 GB, instead of 8 times 256")
+        made = llm.generate([PROMPT] * 8, max_tokens=200, temperature=0, ignore_eos=True)
+        assert len({one.text for one in made}) == 1
+    with LLM.load(path, context=256, parallel=8, cache_tokens=2048) as llm:
+        assert llm.cache_tokens == 2048  # what is asked for is done, and said
+        assert "more memory than the" in llm.notes[0]
+    free = 1
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert llm.cache_tokens == 256  # one whole sequence must fit
+    monkeypatch.setattr("phiquant.loading.free_memory", lambda: None)
+    with LLM.load(path, context=256, parallel=8) as llm:
+        assert llm.cache_tokens == 8 * 256
+
+
 def test_a_cache_smaller_than_all_contexts(path: Path) -> None:
     with pytest.raises(RequestError, match="cache_tokens is 100, less than the context of 256"):
         LLM.load(path, context=256, cache_tokens=100)
@@ -664,3 +695,33 @@ def test_a_failing_kernel_of_a_first_start_is_told_and_leaves_no_thread(
         with pytest.raises(type(error)):
             LLM.load(path)
         assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("opening", ["<tool_call>", '{"tool_calls":[', "functools[", '{"name":"weather"'])
+def test_a_model_that_is_brought_to_begin_a_call_gives_arguments_by_the_schema(llm: LLM, opening: str) -> None:
+    """Biases make it write the beginning of a call, token by token; what comes then is its own, within the grammar."""
+    cities = ["Rome", "Oslo"]
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": cities}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    box = Toolbox([Tool("weather", "", schema, strict=True)], llm.tokenizer.chat_template, parallel=False)
+    tokens = llm.tokenizer.encode_continuation(opening)
+    bias = {token: 1000.0 * (len(tokens) - at) for at, token in enumerate(dict.fromkeys(tokens))}
+    options = {"logit_bias": bias, "presence_penalty": 1e6, "repeat_last_n": 32, "max_tokens": 64, "temperature": 0}
+
+    def calls(**more: Any) -> list[dict[str, Any]]:
+        completion = llm.generate("Hello", **options, **more)
+        assert completion.text.startswith(opening[:3]), completion.text
+        reader = box.reader()
+        found = [*reader.push(completion.text), *reader.finish()]
+        said = "".join(item.text for item in found if isinstance(item, CallArguments))
+        return [json.loads(said)] if said.endswith("}") else []
+
+    (arguments,) = calls(grammar=box.grammar())
+    assert arguments.keys() == {"city", "days"}
+    assert arguments["city"] in cities
+    assert 1 <= arguments["days"] <= 9
+    assert calls() == []  # without the grammar it does not get there

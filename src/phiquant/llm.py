@@ -85,8 +85,9 @@ class LLM:
             backend: "auto" (the best that this machine can run), "cpu" or "reference".
             cache_type: element type of the key-value cache: "f16", "f32", or quantized and thereby smaller, "q8_0" or
                 "q4_0", of models whose heads are a multiple of 32 channels.
-            cache_tokens: tokens that the cache of all sequences holds, at least a context; 0 for a context each. If it
-                is less than all of them need, some wait for others.
+            cache_tokens: tokens that the cache of all sequences holds, at least a context; 0 for a context each, as
+                far as half of the free memory holds them (`notes` says if it does not). If it is less than all of them
+                need, some wait for others.
             batch: most tokens of a step; prompts are computed in chunks of this size, or of less while others wait for
                 their next token.
             parallel: most sequences of a step.
@@ -367,6 +368,16 @@ class LLM:
     def parallel(self) -> int:
         """Most sequences of a step."""
         return self.engine.parallel
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache of all sequences holds."""
+        return self._loaded.capacity.pages * self._loaded.capacity.page_tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache once all of it is used; the system gives it as it comes to be."""
+        return self._loaded.cache_bytes
 
     @property
     def weight_bytes(self) -> int:

@@ -11,7 +11,8 @@ from phiquant import __version__, arch
 from phiquant.engine import Engine
 from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType, GGUFFile, open_model
-from phiquant.kernels.cache_types import CACHE_TYPES
+from phiquant.kernels.cache_types import CACHE_TYPES, check_cache
+from phiquant.kernels.free_memory import free_memory
 from phiquant.kernels.ops import Capacity
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
@@ -36,6 +37,7 @@ class Loaded:
         tokenizer: text to ids and back.
         engine: computes it.
         capacity: what room was made.
+        cache_bytes: memory that the cache takes once all of it is used.
         backend: name of the kind of processor.
         notes: what was asked for and is not done, and what the file does not say and was assumed.
     """
@@ -45,6 +47,7 @@ class Loaded:
     tokenizer: Tokenizer
     engine: Engine
     capacity: Capacity
+    cache_bytes: int
     backend: str
     notes: tuple[str, ...]
 
@@ -82,37 +85,58 @@ class Loaded:
             config = arch.load(gguf)
             context = min(context or config.context_length, config.context_length)
             pages = -(-context // PAGE_TOKENS)
+            program = record(config, load_weights(gguf, config))
+            kind, shape = CACHE_TYPES[cache_type], program.attention
+            check_cache(kind, shape.head_size)
+            page_bytes = 2 * program.layers * PAGE_TOKENS * kind.row_bytes(shape.kv_width)
             if 0 < cache_tokens < context:
                 raise RequestError(
                     f"cache_tokens is {cache_tokens}, less than the context of {context}; ask for more, or for a "
                     "shorter context"
                 )
+            free = free_memory()
+            if free is not None and pack:
+                free -= sum(tensor.nbytes for tensor in gguf.tensors.values())
+            notes = list(config.assumptions)
+            if cache_tokens:
+                room = -(-cache_tokens // PAGE_TOKENS)
+            else:
+                room = _room(pages, parallel, page_bytes, free)
+            if room < pages * parallel and not cache_tokens:
+                notes.append(
+                    f"the cache holds {room * PAGE_TOKENS} tokens, {_sized(room * page_bytes)}, instead of {parallel} "
+                    f"times {context}, so that memory suffices; sequences that need more wait for one another"
+                )
+            elif free is not None and room * page_bytes > free:
+                notes.append(
+                    f"a full cache takes {_sized(room * page_bytes)}, more memory than the {_sized(max(free, 0))} that "
+                    "are free; a shorter context or a quantized cache takes less"
+                )
             capacity = Capacity(
                 tokens=max(batch, parallel),
                 outputs=max(parallel, min(max(batch, parallel), LOGITS_BYTES // (4 * config.vocab_size))),
                 sequences=parallel,
-                pages=-(-cache_tokens // PAGE_TOKENS) if cache_tokens else pages * parallel,
+                pages=room,
                 page_tokens=PAGE_TOKENS,
                 pages_per_sequence=pages,
-                cache_type=CACHE_TYPES[cache_type],
+                cache_type=kind,
                 threads=threads,
                 pack=pack,
                 bf16_dot=bf16_dot,
             )
             chosen = select(backend, progress)
-            executable = chosen.prepare(record(config, load_weights(gguf, config)), capacity)
+            executable = chosen.prepare(program, capacity)
             tokenizer = Tokenizer.from_gguf(gguf)
             unused = tokenizer.unused_ids
             engine = Engine(executable, Rope(config.rotary), context, unused[unused < config.vocab_size])
         except BaseException:
             gguf.close()
             raise
-        notes = list(config.assumptions)
         if gpu_layers > 0:
             notes.append("no GPU backend is installed, so all layers run on the CPU")
         if bf16_dot and not any(tensor.type is GGMLType.BF16 for tensor in gguf.tensors.values()):
             notes.append("dot products of BF16 change nothing, because no weight of this model is BF16")
-        return cls(gguf, config, tokenizer, engine, capacity, chosen.name, tuple(notes))
+        return cls(gguf, config, tokenizer, engine, capacity, room * page_bytes, chosen.name, tuple(notes))
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -136,3 +160,14 @@ class Loaded:
         """Free threads and memory, and unmap the file."""
         self.engine.close()
         self.gguf.close()
+
+
+def _room(pages: int, parallel: int, page_bytes: int, free: int | None) -> int:
+    """Pages for `parallel` sequences of `pages` each: no more than half of the free memory holds, but those of one."""
+    if free is None:
+        return pages * parallel
+    return max(pages, min(pages * parallel, free // 2 // page_bytes))
+
+
+def _sized(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

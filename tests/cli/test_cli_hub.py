@@ -6,17 +6,22 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from hub_server import Hub, run, serving
 
-from phiquant.cli import app, models
+from phiquant.cli import app, commands, models
 from phiquant.convert import convert, quantize
+from phiquant.convert.parts import Division, plan_split
+from phiquant.convert.run import execute
+from phiquant.convert.source import GGUFSource
 from phiquant.errors import RequestError
 from phiquant.hub import Reference
 
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
 NAME = "org/tiny-GGUF"
+SPLIT = "org/two-GGUF"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +34,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def hub(files: dict[str, bytes]) -> Iterator[Hub]:
+def hub(files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "tiny.gguf").write_bytes(files["tiny-f16.gguf"])
+    with GGUFSource(folder / "tiny.gguf") as opened:
+        execute(plan_split(opened, folder / "two-f16", Division(30, None, False)))
+    parts = {path.name: path.read_bytes() for path in folder.glob("two-*.gguf")}
     checkpoint = {path.name: path.read_bytes() for path in TINY.iterdir() if path.is_file()}
-    with serving(Hub({NAME: files, "org/tiny": checkpoint})) as served:
+    with serving(Hub({NAME: files, "org/tiny": checkpoint, SPLIT: parts})) as served:
         yield served
 
 
@@ -113,6 +123,9 @@ def test_rm_asks(
         (("quantize", "-hf", f"{NAME}:F16", "named.gguf", "Q4_0", "1"), "named.gguf"),
         (("quantize", "org/tiny", "Q4_0"), "tiny-Q4_0.gguf"),
         (("convert", "org/tiny"), "tiny-"),
+        (("convert", "-hf", "org/tiny", "--outtype", "q8_0"), "tiny-Q8_0.gguf"),
+        (("split", "-hf", NAME, "parts", "--split-max-tensors", "20"), "parts-00001-of-"),
+        (("merge", "-hf", f"{SPLIT}:F16", "whole.gguf"), "whole.gguf"),
     ],
     ids=lambda value: "-".join(value[:3:2]) if isinstance(value, tuple) else None,
 )
@@ -125,7 +138,51 @@ def test_verbs_take_models_of_the_hub(
     assert done.returncode == 0, done.stderr
     assert out in done.stdout
     fetched = {path.name for path in set(home.rglob("*.gguf")) - before}
-    assert fetched <= {"tiny-q8_0.gguf", "tiny-f16.gguf"}  # what is made is made here, not in the cache
+    parts = {name for name in fetched if name.startswith("two-f16-0000")}
+    assert fetched - parts <= {"tiny-q8_0.gguf", "tiny-f16.gguf"}  # what is made is made here, not in the cache
+
+
+WITHOUT_A_MODEL = {"doctor", "pull", "list", "rm"}
+"""The last three are about the Hub in any case."""
+
+
+@pytest.mark.parametrize("verb", [verb for verbs in commands.GROUPS.values() for verb in verbs])
+def test_every_verb_that_reads_a_model_takes_one_of_the_hub(verb: str) -> None:
+    hints = get_type_hints(getattr(commands, verb), include_extras=True)
+    told = [info for hint in hints.values() for info in getattr(hint, "__metadata__", ())]
+    names = {name for info in told for name in info.param_decls or ()}
+    assert ("-hf" in names) == (verb not in WITHOUT_A_MODEL)
+
+
+def test_a_folder_of_that_name_is_not_the_repository(
+    hub: Hub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    assert phiquant("convert", "org/tiny", hub=hub, home=home).returncode == 1
+    done = phiquant("convert", "-hf", "org/tiny", "-o", "made.gguf", hub=hub, home=home)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "made.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("split", "in.gguf"),
+        ("split", "-hf", NAME, "in.gguf", "out"),
+        ("merge", "in.gguf"),
+        ("merge", "-hf", NAME, "in.gguf", "out.gguf"),
+        ("convert",),
+        ("convert", "folder", "-hf", NAME),
+    ],
+)
+def test_too_few_or_too_many_names_are_told_with_an_example(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(list(arguments)) == 2
+    told = capsys.readouterr().err
+    assert "phiquant" in told
+    assert "name" in told
 
 
 def test_a_wrong_name_is_one_sentence_before_anything_is_asked(capsys: pytest.CaptureFixture[str]) -> None:

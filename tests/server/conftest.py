@@ -25,7 +25,10 @@ from phiquant.server.hosting import Hosting, Loaded
 from phiquant.server.settings import Model, Settings
 from phiquant.text import ChatTemplate, Tokenizer
 
+from .documented import Documented
+
 ROOT = Path(__file__).parents[2]
+DOCUMENTS: dict[tuple[bool, bool, bool], Documented] = {}
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +153,10 @@ class Server:
 
         self.hosting = Hosting(settings.models, load, settings.idle_timeout)
         self.app: FastAPI = create_app(settings, self.hosting)
+        options = (settings.metrics, settings.slots, bool(settings.api_keys))
+        if options not in DOCUMENTS:  # it takes half a second to write
+            DOCUMENTS[options] = Documented(self.app.openapi())
+        self.documented = DOCUMENTS[options]
 
     def ask(
         self, method: str, path: str, body: Any = None, *, base: str = "http://127.0.0.1:8080", **how: Any
@@ -161,7 +168,9 @@ class Server:
             async with httpx.AsyncClient(transport=transport, base_url=base) as client:
                 return await client.request(method, path, json=body, **how)
 
-        return asyncio.run(run())
+        answer = asyncio.run(run())
+        self.documented.check(method, path, answer)
+        return answer
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.ask("POST", path, body)

@@ -178,6 +178,33 @@ def test_calls_are_constrained_where_they_are_required(make: Make) -> None:
     assert answer["choices"][0]["message"]["content"] == CALL
 
 
+def test_calls_of_strict_tools_are_constrained_where_the_model_may_choose(make: Make) -> None:
+    server = make(" It is blue.")
+    function = {**TOOLS[0]["function"], "strict": True}  # type: ignore[dict-item]
+    schema = function["parameters"]
+    asked = {
+        "/v1/chat/completions": {"messages": SAY, "tools": [{"type": "function", "function": function}, TOOLS[1]]},
+        "/v1/responses": {"input": "Hello", "tools": [{"type": "function", **function}]},
+        "/v1/messages": {
+            "messages": SAY,
+            "max_tokens": 9,
+            "tools": [{"name": "weather", "input_schema": schema, "strict": True}],
+        },
+        "/api/chat": {"model": "tiny", "messages": SAY, "tools": [{"type": "function", "function": function}]},
+    }
+    for path, body in asked.items():
+        answer = server.post(path, **body, stream=False)
+        assert answer.status_code == 200, answer.text
+        assert "It is blue." in answer.text
+        assert "WORDS" in server.engine.options["grammar"].text
+    impossible = {**function, "parameters": {"type": "object", "properties": {"x": {"type": "nonsense"}}}}
+    wrong = server.post(
+        "/v1/chat/completions", messages=SAY, tools=[{"type": "function", "function": impossible}], stream=True
+    )
+    assert wrong.status_code == 400
+    assert "nonsense" in wrong.json()["error"]["message"]
+
+
 def test_a_single_call_where_parallel_ones_are_not_wanted(make: Make) -> None:
     answer = make(TWO).post("/v1/chat/completions", messages=SAY, tools=TOOLS, parallel_tool_calls=False).json()
     assert len(answer["choices"][0]["message"]["tool_calls"]) == 1

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +18,10 @@ import ollama
 import openai
 import pytest
 
+from .process import SERVE, Process
+
 pytestmark = pytest.mark.cpu
 
-SERVE = [sys.executable, "-m", "phiquant", "serve"]
 KEY = "sk-a-secret"
 SAY: Any = [{"role": "user", "content": "Once upon a time there was a little girl"}]
 TOOLS: Any = [
@@ -40,40 +39,6 @@ TOOLS: Any = [
         },
     }
 ]
-
-
-class Process:
-    """A server process: its address, and its log."""
-
-    def __init__(self, folder: Path, *arguments: str | Path) -> None:
-        self.log = folder / f"{time.monotonic_ns()}.log"
-        self._file = self.log.open("w")
-        self.process = subprocess.Popen(
-            [*SERVE, "--port", "0", *map(str, arguments)],
-            stderr=self._file,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        deadline = time.monotonic() + 120
-        while "serving" not in self.lines():
-            assert self.process.poll() is None, self.lines()
-            assert time.monotonic() < deadline, self.lines()
-            time.sleep(0.05)
-        self.address = next(line for line in self.lines().splitlines() if "serving" in line).split(" at ")[-1].strip()
-
-    def lines(self) -> str:
-        return self.log.read_text()
-
-    def end(self) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        finally:
-            self._file.close()
 
 
 @pytest.fixture(scope="module")

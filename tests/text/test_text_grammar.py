@@ -12,7 +12,7 @@ import pytest
 
 from phiquant.errors import GrammarError
 from phiquant.text import Tokenizer
-from phiquant.text.grammar import Constraint, Constraints, Grammar
+from phiquant.text.grammar import MOST_TEXT, Constraint, Constraints, Grammar
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,31 @@ def test_what_is_no_grammar_is_refused(constraints: Constraints, grammar: Any, w
     assert "\n" not in str(caught.value)
 
 
+def chained(rules: int, form: str) -> Grammar:
+    """Rules that refer each to the next."""
+    lines = [f"r{i} ::= {form.format(f'r{i + 1}')}" for i in range(rules)]
+    return Grammar("gbnf", "\n".join(["root ::= r0", *lines, f'r{rules} ::= "x"']))
+
+
+def test_what_a_grammar_is_too_large_for_is_said(constraints: Constraints) -> None:
+    for grammar, told in (
+        (chained(100, "{0} {0}"), "more than 8,192 characters"),
+        (chained(600, '"x" {0}'), "more than 100,000 parts"),
+        (chained(1000, "{0}"), "1,002 rules"),
+        (Grammar("gbnf", f'root ::= "{"x" * 9000}"'), "more than 8,192 characters"),
+        (Grammar.json_schema({"enum": ["x" * 9000]}), "9,000 characters"),
+        (Grammar.json_schema({"properties": {"x" * 9000: {}}}), "9,000 characters"),
+    ):
+        with pytest.raises(GrammarError, match=told):
+            constraints.constraint(grammar)
+    for kind, most in MOST_TEXT.items():
+        with pytest.raises(GrammarError, match=f"has {most + 1:,} characters; {most:,} are the most"):
+            Grammar(kind, "x" * (most + 1))
+    assert constraints.constraint(chained(300, '"x" {0}')).allowed().any()
+    assert constraints.constraint(chained(300, '"x" {0} | "y" root | "z"')).allowed().any()  # no terminals
+    assert constraints.constraint(Grammar.json_schema({"type": "string", "description": "x" * 9000})).allowed().any()
+
+
 @pytest.mark.parametrize(
     "grammar",
     [
@@ -120,8 +145,23 @@ def test_what_is_no_grammar_is_refused(constraints: Constraints, grammar: Any, w
         Grammar("gbnf", "root ::= root root | " + " | ".join(f'"{i}"' for i in range(3000))),
         Grammar("json_schema", json.dumps({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})),
         Grammar("json_schema", json.dumps({"type": "array", "minItems": 10**9})),
+        Grammar(
+            "gbnf", "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(1400)) + 'r1400 ::= "x"'
+        ),
+        chained(1400, "{0} {0}"),
+        chained(900, "{0} {0}"),
+        chained(900, '"x" {0}'),
+        chained(100, "{0} {0} | {0}"),
+        Grammar("gbnf", 'root ::= r r\nr ::= "' + "a" * 8_000 + '"'),
+        Grammar("json_schema", json.dumps({"const": "a" * 8_000})),
+        Grammar("gbnf", 'root ::= "' + "a" * 65_000 + '"'),
+        Grammar("gbnf", "root ::= " + '"a" | ' * 10_000 + '"a"'),
+        Grammar("gbnf", "#\n" * 32_000 + 'root ::= "a"'),
+        Grammar("json_schema", json.dumps({"const": "a" * 260_000})),
+        Grammar("json_schema", json.dumps({"enum": [f"x{i}" for i in range(26_000)]})),
+        Grammar("json_schema", json.dumps({"type": "string", "pattern": "(a|b|c)?" * 30_000})),
     ],
-    ids=lambda g: g.text[:20],
+    ids=lambda g: f"{g.kind} {g.text[:40]}",
 )
 def test_grammars_that_explode_are_bounded(constraints: Constraints, tokenizer: Tokenizer, grammar: Grammar) -> None:
     """Refused, or followed at a price that is bounded."""

@@ -1,16 +1,23 @@
 """Tools shown to models, and the grammars of their calls."""
 
 import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from phiquant.errors import GrammarError, RequestError
 from phiquant.gguf import open_model
 from phiquant.text import ChatTemplate, Tokenizer
 from phiquant.text.grammar import Constraints, Grammar
 from phiquant.text.template import known_templates
-from phiquant.text.tool_reader import CallArguments, CallBegun
+from phiquant.text.tool_reader import CallArguments, CallBegun, ToolReader
 from phiquant.text.tools import Tool, Toolbox, arranged, form_of
 
 WEATHER = Tool(
@@ -202,3 +209,162 @@ def test_schemas_that_cannot_be_followed_are_refused(constraints: Constraints) -
     assert grammar is not None
     with pytest.raises(GrammarError):
         constraints.constraint(grammar)
+
+
+STRICT = [replace(WEATHER, strict=True), TIME]
+BAD = ROME.replace("Rome", "Atlantis")
+
+
+def words_or_calls(*, parallel: bool = True, tools: Sequence[Tool] = STRICT, of: ChatTemplate = PLAIN) -> Grammar:
+    grammar = Toolbox(tools, of, parallel=parallel).grammar()
+    assert grammar is not None
+    return grammar
+
+
+ANSWERS = [
+    "",
+    "It is warm in Rome.",
+    "Call <tool_cal or <|tool_call| or functools, if you like; \u00e9\U0001f600\n\n```json\nnot yet",
+    '{"city": "Rome", "name": "Atlantis"}',
+    '{"name": "Ann", "arguments": {"city": "Atlantis"}}',
+    '```json\n{"name": "Ann"}\n```',
+    '[1, 2, {"name": "Ann"}]',
+    '[]',
+    '{"tool_call',
+]  # fmt: skip
+FORMS = [
+    *(wrap(ROME) for wrap in WRAPPED.values()),
+    *(wrap(ROME, NOW) for wrap in WRAPPED.values()),
+    ROME,
+    f"```json\n{ROME}\n```",
+    f"[{ROME}, {NOW}]",
+    f"functools[{ROME}]",
+    ' {\n"tool_calls" : [' + ROME + "]}",
+    f"I will look.\n<tool_call>{ROME}\n</tool_call>",
+    f"I will look. <|tool_call|>[{ROME}]<|/tool_call|>",
+]
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_beside_strict_tools_words_are_free(constraints: Constraints, text: str) -> None:
+    assert fits(constraints, words_or_calls(), text)
+    assert calls_in(text) == []
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_strict_calls_fit_their_schema_in_every_form(constraints: Constraints, text: str) -> None:
+    grammar = words_or_calls()
+    assert fits(constraints, grammar, text)
+    assert calls_in(text)[0] == ("weather", {"city": "Rome"})
+    for wrong in (
+        text.replace("Rome", "Atlantis"),
+        text.replace('"city": "Rome"', '"town": "Rome"'),
+        text.replace('{"city": "Rome"}', '"Rome"'),
+        text.replace('"weather"', '"we\\u0061ther"'),
+        text + " " + wrapped_in_marks(BAD),
+    ):
+        assert not fits(constraints, grammar, wrong), wrong
+
+
+def test_tools_that_are_not_strict_stay_free_beside_those_that_are(constraints: Constraints) -> None:
+    schema = {"type": "object", "properties": {"zone": {"enum": ["UTC"]}}, "additionalProperties": False}
+    loose = Tool("time", "", schema)
+    call = '{"tool_calls": [{"name": "time", "arguments": {"zone": "CET"}}]}'
+    assert fits(constraints, words_or_calls(tools=[STRICT[0], loose]), call)
+    assert not fits(constraints, words_or_calls(tools=[STRICT[0], replace(loose, strict=True)]), call)
+    assert Toolbox([loose, WEATHER], PLAIN).grammar() is None
+
+
+def test_one_strict_call_at_a_time_if_that_is_asked(constraints: Constraints) -> None:
+    grammar = words_or_calls(parallel=False)
+    for wrap in WRAPPED.values():
+        assert fits(constraints, grammar, wrap(ROME))
+        assert not fits(constraints, grammar, wrap(ROME, NOW))
+
+
+def test_names_of_strict_tools_may_be_anything(constraints: Constraints) -> None:
+    names = ['a"b', "a/b", "a.b", "\u00e9t\u00e9", "a", "a\\b", "x" * 64, "time|weather", "^$"]
+    grammar = words_or_calls(tools=[Tool(name, "", WEATHER.parameters, strict=True) for name in names])
+    for name in names:
+        for said in {json.dumps(name), json.dumps(name, ensure_ascii=False)}:
+            call = f'{{"name": {said}, "arguments": {{"city": "Rome"}}}}'
+            good, bad = f"[{call}]", f"[{call.replace('Rome', 'Atlantis')}]"
+            assert calls_in(good, *names) == [(name, {"city": "Rome"})]
+            assert not fits(constraints, grammar, bad)
+        assert fits(constraints, grammar, good) == (said == json.dumps(name, ensure_ascii=False)), name
+
+
+def test_many_strict_tools_are_within_the_bounds_of_a_grammar(constraints: Constraints) -> None:
+    tools = [Tool(f"tool_{i}", "", WEATHER.parameters, strict=True) for i in range(128)]
+    begin = time.perf_counter()
+    grammar = words_or_calls(tools=tools)
+    assert fits(constraints, grammar, ROME.replace("weather", "tool_77"))
+    assert not fits(constraints, grammar, BAD.replace("weather", "tool_77"))
+    assert fits(constraints, grammar, "Some words.")
+    assert time.perf_counter() - begin < 20
+
+
+def calls_in(text: str, *names: str) -> list[tuple[str, Any]]:
+    reader = ToolReader(names or ("weather", "time"))
+    found = [*reader.push(text), *reader.finish()]
+    begun = [item for item in found if isinstance(item, CallBegun)]
+    said = {item.call: "" for item in begun}
+    for item in found:
+        if isinstance(item, CallArguments):
+            said[item.call] += item.text
+    return [(item.name, json.loads(said[item.call])) for item in begun]
+
+
+def wrapped_in_marks(call: str) -> str:
+    return f"<|tool_call|>[{call}]<|/tool_call|>"
+
+
+PIECES = st.sampled_from(
+    [
+        *(
+            '{"tool_calls": [',
+            '{"name": "weather"',
+            ', "arguments": ',
+            '{"city": "Rome"}',
+            '{"city": "Oslo"}',
+            "}",
+            "]",
+        ),
+        *("[", "{", ", ", ": ", " ", "\n", "```json\n", "```", "<tool_call>", "</tool_call>", "<|tool_call|>", "]}"),
+        *("<|/tool_call|>", "functools[", '"name"', '"weather"', '"time"', '"arguments"', '{"x": 1}', '"id": 1', '"'),
+        *('{"name": "time", "arguments": {}}', ROME, BAD, "words", "\\", '"function": {', '"type": "function"', "1"),
+        *('{"city": "Atlantis"}', '"parameters": ', '{"a": 5}', '"w\\u0065ather"', "<tool_", "call>"),
+    ]
+)
+
+
+@st.composite
+def changed_calls(draw: st.DrawFn) -> str:
+    text = draw(st.sampled_from(FORMS))
+    for _ in range(draw(st.integers(0, 2))):
+        first = draw(st.integers(0, len(text)))
+        last = min(len(text), first + draw(st.sampled_from([0, 0, 1, 7, 20])))
+        text = text[:first] + draw(PIECES | st.just("")) + text[last:]
+    return text
+
+
+def test_no_text_that_passes_holds_a_strict_call_with_other_arguments(constraints: Constraints) -> None:
+    """Whatever is put together of the pieces of calls."""
+    grammar = words_or_calls()
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=300, deadline=None, database=None)
+    @given(st.lists(PIECES, max_size=9).map("".join) | changed_calls())
+    def run(text: str) -> None:
+        if not fits(constraints, grammar, text):
+            seen["refused"] += 1
+            return
+        calls = calls_in(text)
+        seen["called" if calls else "said"] += 1
+        for name, arguments in calls:
+            assert name in ("weather", "time"), text
+            assert isinstance(arguments, dict), text
+            assert name == "time" or arguments in ({"city": "Rome"}, {"city": "Oslo"}), text
+
+    run()
+    assert min(seen[kind] for kind in ("refused", "called", "said")) > 5, seen

@@ -6,12 +6,13 @@ from phiquant.cli.conversion import ConversionBar, print_report
 from phiquant.cli.models import source_of
 from phiquant.convert import convert as convert_checkpoint
 from phiquant.convert.parts import WHOLE, Division
+from phiquant.hub import Reference
 
 __all__ = ["convert"]
 
 
 def convert(
-    model: str,
+    model: str | Reference,
     outfile: Path | None = None,
     outtype: str = "auto",
     *,
@@ -22,7 +23,7 @@ def convert(
     max_memory: int | None = None,
     quiet: bool = False,
 ) -> int:
-    """Convert `model` (a directory or owner/name[@revision]); `threads` 0: one for each core."""
+    """Convert `model` (a directory, owner/name[@revision], or one of the Hub); `threads` 0: one for each core."""
     source = source_of(model, quiet=quiet)
     with ConversionBar(quiet=quiet) as bar:
         report = convert_checkpoint(

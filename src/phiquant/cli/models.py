@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
 
     from ..hub import Reference
 
-__all__ = ["DownloadBar", "chosen", "fetched", "given", "path_of", "source_of"]
+__all__ = [
+    "DownloadBar",
+    "checkpoint_of",
+    "chosen",
+    "fetched",
+    "given",
+    "path_of",
+    "source_and_target",
+    "source_of",
+]
 
 
 class DownloadBar:
@@ -102,11 +112,28 @@ def fetched(repository: str, *, quiet: bool) -> Path:
     return path_of(Reference.parse(repository), quiet=quiet)
 
 
-def source_of(model: str, *, quiet: bool) -> str | Path:
+def source_and_target(arguments: Sequence[Path], repository: str | None, usage: str) -> tuple[Path | Reference, Path]:
+    """IN and OUT of `arguments`, or OUT alone and a model of the Hub. WrongUsage if it is neither."""
+    if len(arguments) != (2 if repository is None else 1):
+        named = "IN and OUT" if repository is None else "OUT alone, for --hf-repo names what is read"
+        raise WrongUsage(f"{len(arguments)} names are given instead of {named}: {usage}")
+    return chosen(None if repository is not None else arguments[0], repository, usage), arguments[-1]
+
+
+def checkpoint_of(model: str | None, repository: str | None, usage: str) -> str | Reference:
+    """The checkpoint that an argument or an option names, for `source_of`. WrongUsage if none or both do."""
+    if repository is None and model is not None:
+        return model
+    found = chosen(model, repository, usage)
+    assert not isinstance(found, Path)
+    return found
+
+
+def source_of(model: str | Reference, *, quiet: bool) -> str | Path:
     """What to convert from: `model` if it is a path, else what the repository of that name has, in the cache."""
     from ..hub import local, resolve
 
-    if local(model) is not None:
+    if isinstance(model, str) and local(model) is not None:
         return model
     with DownloadBar(quiet=quiet) as bar:
         return resolve(model, download=bar)

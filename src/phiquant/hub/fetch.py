@@ -49,21 +49,25 @@ def is_cached(path: Path) -> bool:
     return any(p.name == "snapshots" and p.parent.name.startswith("models--") for p in path.absolute().parents)
 
 
-def resolve(model: str | Path, *, quiet: bool = False, download: Download | None = None) -> Path:
+def resolve(model: str | Path | Reference, *, quiet: bool = False, download: Download | None = None) -> Path:
     """Return a directory or file that exists, else what a repository holds for a conversion, in the cache.
 
     `owner/name[@revision]` is a checkpoint's directory; `owner/name:quant` and `owner/name/file.gguf` are GGUF files,
-    as for `gguf`, which has the other arguments, too. RequestError says in one sentence what stands in the way.
+    as for `gguf`, which has the other arguments, too. A Reference is never a path of this machine. RequestError says in
+    one sentence what stands in the way.
     """
-    path = local(model)
-    if path is not None:
-        return path
-    try:
-        reference = Reference.parse(str(model))
-    except RequestError:
-        raise RequestError(
-            f"{str(model)[:200]!r} is neither a file, a directory nor a repository id (owner/name[@revision])."
-        ) from None
+    if isinstance(model, Reference):
+        reference = model
+    else:
+        path = local(model)
+        if path is not None:
+            return path
+        try:
+            reference = Reference.parse(str(model))
+        except RequestError:
+            raise RequestError(
+                f"{str(model)[:200]!r} is neither a file, a directory nor a repository id (owner/name[@revision])."
+            ) from None
     if reference.file or reference.quant:
         return gguf(reference, quiet=quiet, download=download)
     with translated(reference, str(model)), shown(quiet, download) as download:

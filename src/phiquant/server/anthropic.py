@@ -22,14 +22,19 @@ from phiquant.server.conversation import (
 )
 from phiquant.server.conversation import ToolChoice as OpenAIChoice
 from phiquant.server.failures import Failure, body_of, refuse
-from phiquant.server.fields import MOST_TOKENS, Body, Name, Number, Stop, Whole
+from phiquant.server.fields import MOST_TOKENS, Body, Name, Number, Stop, Switch, Whole
 from phiquant.server.generation import Answer, CallDelta, CallStart, End, Event, TextDelta, Work
 from phiquant.server.hosting import Loaded
 from phiquant.server.service import Service, new_id
+from phiquant.server.shapes import anthropic as shapes
+from phiquant.server.shapes.document import answers
 from phiquant.server.streaming import event
 from phiquant.text.tools import Toolbox
 
 __all__ = ["MessagesBody", "routes"]
+
+_ANSWERS = answers("anthropic", shapes.AnthropicMessage, shapes.EVENTS)
+_COUNTS = answers("anthropic", shapes.TokenCount)
 
 
 class Block(Body):
@@ -42,7 +47,7 @@ class Block(Body):
     input: dict[str, Any] | None = None
     tool_use_id: Name | None = None
     content: str | list["Block"] | None = None
-    is_error: bool | None = None
+    is_error: Switch | None = None
 
 
 class InputMessage(Body):
@@ -58,6 +63,7 @@ class AnthropicTool(Body):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+    strict: Switch | None = None
     type: Name | None = None
 
 
@@ -66,7 +72,7 @@ class Choice(Body):
 
     type: Literal["auto", "any", "tool", "none"]
     name: Name | None = None
-    disable_parallel_tool_use: bool | None = None
+    disable_parallel_tool_use: Switch | None = None
 
 
 class CountBody(Body):
@@ -89,8 +95,16 @@ class CountBody(Body):
         for tool in self.tools or ():
             if tool.type not in (None, "custom"):
                 raise refuse(f"there are no tools of type {str(tool.type)[:50]!r} here", "tools")
-            function = FunctionSpec(name=tool.name, description=tool.description, parameters=tool.input_schema)
-            specs.append(ToolSpec(function=function))
+            specs.append(
+                ToolSpec(
+                    function=FunctionSpec(
+                        name=tool.name,
+                        description=tool.description,
+                        parameters=tool.input_schema,
+                        strict=tool.strict,
+                    )
+                )
+            )
         choice: OpenAIChoice | None = None
         asked = self.tool_choice
         if asked is not None and asked.type == "tool":
@@ -120,7 +134,7 @@ class MessagesBody(CountBody):
     """A conversation to be continued."""
 
     max_tokens: Annotated[Whole, Field(ge=1, le=MOST_TOKENS)]
-    stream: bool | None = None
+    stream: Switch | None = None
     stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[Whole, Field(ge=0, le=1 << 30)] | None = None
@@ -204,7 +218,7 @@ def routes(service: Service) -> APIRouter:
     """The endpoints."""
     router = APIRouter(tags=["Anthropic"])
 
-    @router.post("/v1/messages", summary="Answer a conversation")
+    @router.post("/v1/messages", summary="Answer a conversation", responses=_ANSWERS)
     async def messages(body: MessagesBody, request: Request) -> Response:
         model = service.name(body.model)
         head: dict[str, Any] = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model}
@@ -280,7 +294,7 @@ def routes(service: Service) -> APIRouter:
             return service.stream(request, model, plan, pieces, failed, heartbeat=ping)
         return await service.whole(request, model, plan, whole)
 
-    @router.post("/v1/messages/count_tokens", summary="Count the tokens of a conversation")
+    @router.post("/v1/messages/count_tokens", summary="Count the tokens of a conversation", responses=_COUNTS)
     async def count_tokens(body: CountBody, request: Request) -> Response:
         async def work(loaded: Loaded) -> dict[str, Any]:
             return {"input_tokens": len(await body.ids(loaded, body.toolbox(loaded)))}

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import cache, partial
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -31,6 +31,7 @@ from phiquant.server.hosting import Hosting
 from phiquant.server.logs import Record
 from phiquant.server.service import Service
 from phiquant.server.settings import Settings
+from phiquant.server.shapes.document import document
 
 __all__ = ["create_app"]
 
@@ -68,7 +69,6 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json",
         redirect_slashes=False,
-        responses=_RESPONSES,
     )
     public = page.mount(app)
     addresses = {*public, "/openapi.json"}
@@ -79,6 +79,8 @@ def create_app(settings: Settings, hosting: Hosting | None = None) -> FastAPI:
     counters = metrics.Counters(hosting, addresses)
     if settings.metrics:
         app.include_router(metrics.routes(counters))
+    app.openapi_version = "3.2.0"  # the first that describes the items of a stream
+    app.openapi = cache(partial(document, app, keys=bool(settings.api_keys)))  # type: ignore[method-assign]
     for kind in (RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _raise)
     app.add_middleware(Guard, settings=settings, public=public, done=_teller(settings, counters))
@@ -96,15 +98,3 @@ def _teller(settings: Settings, counters: metrics.Counters) -> Callable[[Record]
         logs.log(record, settings.log_format)
 
     return done
-
-
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request cannot be served; the message says why."},
-    401: {"description": "A key is needed."},
-    403: {"description": "The Host or the Origin is not one that may ask."},
-    404: {"description": "There is no such model."},
-    408: {"description": "The body took too long."},
-    413: {"description": "The body is too large."},
-    415: {"description": "The body is not JSON."},
-    429: {"description": "Too many requests wait; Retry-After says when to come again."},
-}

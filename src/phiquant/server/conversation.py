@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from phiquant.server.failures import refuse
-from phiquant.server.fields import Body, Name
+from phiquant.server.fields import Body, Name, Switch
 from phiquant.server.hosting import Loaded
 from phiquant.server.service import refuse_endless
 from phiquant.text.tools import Tool, Toolbox
@@ -74,7 +74,7 @@ class FunctionSpec(Body):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Switch | None = None
 
 
 class ToolSpec(Body):
@@ -137,7 +137,8 @@ def toolbox_of(
     """The tools of a request. Raises RequestError."""
     named = choice.function.name if isinstance(choice, NamedTool) else None
     mode: Any = "required" if named is not None else choice or "auto"
-    made = [Tool(t.function.name, t.function.description or "", t.function.parameters or {}) for t in tools or ()]
+    specs = [tool.function for tool in tools or ()]
+    made = [Tool(s.name, s.description or "", s.parameters or {}, bool(s.strict)) for s in specs]
     return Toolbox(made, loaded.llm.tokenizer.chat_template, mode=mode, name=named, parallel=parallel is not False)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from phiquant.completion import Options
 from phiquant.errors import RequestError
@@ -20,6 +20,7 @@ __all__ = [
     "ResponseFormat",
     "Stop",
     "Stops",
+    "Switch",
     "Whole",
     "bias_of",
     "grammar_of",
@@ -30,15 +31,16 @@ __all__ = [
 MOST_TOKENS: Final = 1 << 30
 
 
-def _whole(value: object) -> object:
-    """1.0 is 1, as JSON has it; true is not."""
-    if isinstance(value, bool):
+def _number(value: object) -> object:
+    """1.0 is 1, as JSON has it; true and "1" are not."""
+    if isinstance(value, bool | str):
         raise ValueError("must be a number")
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[float, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Switch = Annotated[bool, Strict()]  # true or false, and neither 1 nor "yes"
 Name = Annotated[str, Field(max_length=500)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Annotated[list[Stop], Field(max_length=64)] | Annotated[str, Field(min_length=1, max_length=1000)]
@@ -81,10 +83,10 @@ class LlamaSampling(Body):
         | None
     ) = None
     min_tokens: Annotated[Whole, Field(ge=0, le=MOST_TOKENS)] | None = None
-    ignore_eos: bool | None = None
-    cache_prompt: bool | None = None
+    ignore_eos: Switch | None = None
+    cache_prompt: Switch | None = None
     grammar: str | None = None
-    json_schema: dict[str, Any] | bool | None = None
+    json_schema: dict[str, Any] | Switch | None = None
 
     def sampling(self) -> Options:
         """What was given, as the engine's options."""
@@ -99,8 +101,8 @@ class JsonSchema(Body):
 
     name: Name = ""
     description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
-    strict: bool | None = None
+    schema_: dict[str, Any] | Switch | None = Field(default=None, alias="schema")
+    strict: Switch | None = None
 
 
 class ResponseFormat(Body):
@@ -108,7 +110,7 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")  # llama-server's, beside json_object
+    schema_: dict[str, Any] | Switch | None = Field(default=None, alias="schema")  # llama-server's, beside json_object
 
 
 def grammar_of(

@@ -177,9 +177,11 @@ async def collect(loaded: Loaded, work: Work, record: Record) -> list[Answer]:
     return answers
 
 
-def _options(work: Work, choice: int) -> Options:
-    """Those of one choice: with a seed given, each has the next."""
+def _options(loaded: Loaded, work: Work, choice: int) -> Options:
+    """Those of one choice: with a seed given, each has the next; no more tokens than the server lets an answer have."""
     options = work.options.copy()
+    if loaded.most is not None:
+        options["max_tokens"] = min(options.get("max_tokens") or loaded.most, loaded.most)
     seed = options.get("seed")
     if seed is not None and work.n > 1:
         options["seed"] = (seed + choice % work.n) % (1 << 64)
@@ -189,7 +191,7 @@ def _options(work: Work, choice: int) -> Options:
 async def _chunks(loaded: Loaded, work: Work) -> AsyncGenerator[tuple[int, CompletionChunk], None]:
     count = len(work.prompts) * work.n
     if count == 1:
-        async with aclosing(loaded.engine.stream(work.prompts[0], **_options(work, 0))) as stream:
+        async with aclosing(loaded.engine.stream(work.prompts[0], **_options(loaded, work, 0))) as stream:
             async for chunk in stream:
                 yield 0, chunk
         return
@@ -198,7 +200,7 @@ async def _chunks(loaded: Loaded, work: Work) -> AsyncGenerator[tuple[int, Compl
     async def pump(choice: int) -> None:
         try:
             prompt = work.prompts[choice // work.n]
-            async with aclosing(loaded.engine.stream(prompt, **_options(work, choice))) as stream:
+            async with aclosing(loaded.engine.stream(prompt, **_options(loaded, work, choice))) as stream:
                 async for chunk in stream:
                     queue.put_nowait((choice, chunk))
             queue.put_nowait(None)

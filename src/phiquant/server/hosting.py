@@ -1,6 +1,7 @@
 """The models of a server: found by name, loaded on first use, unloaded when nobody has used them for a while."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Hosted", "Hosting", "Loaded", "load"]
 
+_log = logging.getLogger("phiquant.server")
 _LATEST: Final = ":latest"  # Ollama's clients add it to names without a tag
 
 
@@ -26,6 +28,8 @@ class Loaded:
 
     llm: "LLM"
     engine: "AsyncLLM"
+    most: int | None = None
+    """Tokens of an answer, whatever a request asks for."""
 
     @cached_property
     def longest_token(self) -> int:
@@ -52,7 +56,13 @@ async def load(model: Model) -> Loaded:
         batch=model.batch_size,
         parallel=model.parallel,
     )
-    return Loaded(llm, await AsyncLLM(llm, queue=model.queue).__aenter__())
+    for note in llm.notes:
+        _log.info("%s: %s", model.name, note)
+    _log.info(
+        "%s: %d conversations at once, of up to %d tokens; the cache holds %d tokens, %.2f GB",
+        *(model.name, llm.parallel, llm.context, llm.cache_tokens, llm.cache_bytes / 1e9),
+    )
+    return Loaded(llm, await AsyncLLM(llm, queue=model.queue).__aenter__(), model.predict or None)
 
 
 @dataclass

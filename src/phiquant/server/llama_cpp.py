@@ -24,6 +24,7 @@ from phiquant.server.fields import (
     Number,
     Stop,
     Stops,
+    Switch,
     Whole,
     grammar_of,
     seed_of,
@@ -33,10 +34,14 @@ from phiquant.server.generation import Answer, End, Event, TextDelta, Work
 from phiquant.server.hosting import Loaded
 from phiquant.server.openai_completions import Token
 from phiquant.server.service import Service, read_prompt, refuse_endless, timings_of, token_logprobs
+from phiquant.server.shapes import llama_cpp as shapes
+from phiquant.server.shapes.document import answers
+from phiquant.server.shapes.errors import LlamaError
 from phiquant.server.streaming import Json, event
 
 __all__ = ["LlamaCompletionBody", "routes"]
 
+_ANSWERS = answers("llama", shapes.LlamaCompletion, [shapes.LlamaPiece, shapes.LlamaCompletion, LlamaError])
 _KINDS = {"stop": "eos", "length": "limit", "tool_calls": "eos"}
 Bias = Annotated[Number, Field(ge=-1e6, le=1e6)] | Literal[False]
 
@@ -46,7 +51,7 @@ class LlamaCompletionBody(LlamaSampling):
 
     prompt: str | list[Token | str]
     model: Name | None = None
-    stream: bool | None = None
+    stream: Switch | None = None
     n_predict: Annotated[Whole, Field(ge=-1, le=MOST_TOKENS)] | None = None
     max_tokens: Annotated[Whole, Field(ge=-1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[Number, Field(le=1000)] | None = None
@@ -57,7 +62,7 @@ class LlamaCompletionBody(LlamaSampling):
     stop: Stops | Annotated[list[Stop], Field(max_length=0)] | None = None
     logit_bias: list[tuple[Token | str, Bias]] | dict[str, Bias] | None = None
     n_probs: Annotated[Whole, Field(ge=0, le=100)] | None = None
-    return_tokens: bool | None = None
+    return_tokens: Switch | None = None
 
     @property
     def most(self) -> int | None:
@@ -129,9 +134,9 @@ class TokenizeBody(Body):
 
     content: str
     model: Name | None = None
-    add_special: bool = False
-    parse_special: bool = True
-    with_pieces: bool = False
+    add_special: Switch = False
+    parse_special: Switch = True
+    with_pieces: Switch = False
 
 
 class DetokenizeBody(Body):
@@ -192,7 +197,7 @@ def routes(service: Service) -> APIRouter:
     """The endpoints."""
     router = APIRouter(tags=["llama.cpp"])
 
-    @router.post("/completion", summary="Continue a prompt")
+    @router.post("/completion", summary="Continue a prompt", responses=_ANSWERS)
     @router.post("/completions", include_in_schema=False)
     async def completion(body: LlamaCompletionBody, request: Request) -> Response:
         model = service.name(body.model)
@@ -220,7 +225,7 @@ def routes(service: Service) -> APIRouter:
             return service.stream(request, model, body.plan, pieces, failed)
         return await service.whole(request, model, body.plan, whole)
 
-    @router.post("/tokenize", summary="Token ids of a text")
+    @router.post("/tokenize", summary="Token ids of a text", responses=answers("llama", shapes.Tokenized))
     async def tokenize(body: TokenizeBody, request: Request) -> Response:
         async def work(loaded: Loaded) -> dict[str, Any]:
             encode = loaded.llm.tokenizer.encode
@@ -230,14 +235,18 @@ def routes(service: Service) -> APIRouter:
 
         return await service.use(request, body.model, work)
 
-    @router.post("/detokenize", summary="Text of token ids")
+    @router.post("/detokenize", summary="Text of token ids", responses=answers("llama", shapes.Detokenized))
     async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         async def work(loaded: Loaded) -> dict[str, Any]:
             return {"content": await asyncio.to_thread(loaded.llm.tokenizer.decode, body.tokens)}
 
         return await service.use(request, body.model, work)
 
-    @router.post("/apply-template", summary="The prompt that a conversation becomes")
+    @router.post(
+        "/apply-template",
+        summary="The prompt that a conversation becomes",
+        responses=answers("llama", shapes.Applied),
+    )
     async def apply_template(body: TemplateBody, request: Request) -> Response:
         async def work(loaded: Loaded) -> dict[str, Any]:
             toolbox = toolbox_of(loaded, body.tools, None, None)
@@ -254,12 +263,16 @@ def routes(service: Service) -> APIRouter:
 
         return await service.use(request, body.model, work)
 
-    @router.get("/health", summary="Whether the server is ready")
+    @router.get(
+        "/health",
+        summary="Whether the server is ready",
+        responses=answers("llama", shapes.Health, post=False, model=False),
+    )
     @router.get("/v1/health", include_in_schema=False)
     async def health() -> Response:
         return Json({"status": "ok"})
 
-    @router.get("/props", summary="What is served, and how")
+    @router.get("/props", summary="What is served, and how", responses=answers("llama", shapes.Props, post=False))
     async def props(request: Request, model: str | None = None) -> Response:
         async def work(loaded: Loaded) -> dict[str, Any]:
             llm, hosted = loaded.llm, service.hosting.find(model)
@@ -284,7 +297,11 @@ def routes(service: Service) -> APIRouter:
 
     if service.settings.slots:
 
-        @router.get("/slots", summary="What the engines are doing")
+        @router.get(
+            "/slots",
+            summary="What the engines are doing",
+            responses=answers("llama", list[shapes.Slot], post=False, model=False),
+        )
         async def slots() -> Response:
             found: list[dict[str, Any]] = []
             for hosted in service.hosting.hosted.values():

@@ -9,10 +9,12 @@ from starlette.responses import Response
 
 from phiquant.server.hosting import Hosting
 from phiquant.server.logs import Record
+from phiquant.server.shapes.document import plain_answers
 
 __all__ = ["Counters", "routes"]
 
 PATH: Final = "/metrics"
+_ANSWERS: Final = plain_answers("llama", "text/plain")
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -85,7 +87,7 @@ def routes(counters: Counters) -> APIRouter:
     """The endpoint."""
     router = APIRouter(tags=["operation"])
 
-    @router.get(PATH, summary="Counts and durations, for Prometheus")
+    @router.get(PATH, summary="Counts and durations, for Prometheus", responses=_ANSWERS)
     async def metrics() -> Response:
         return Response(counters.text(), media_type=CONTENT_TYPE_LATEST)
 

@@ -8,6 +8,8 @@ from starlette.responses import Response
 
 from phiquant.server.hosting import Hosted
 from phiquant.server.service import Service
+from phiquant.server.shapes.document import answers
+from phiquant.server.shapes.openai import ModelEntry, ModelList
 from phiquant.server.streaming import Json
 
 __all__ = ["routes"]
@@ -38,13 +40,17 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["models"])
     started = int(time.time())
 
-    @router.get("/v1/models", summary="The models that are served")
+    @router.get(
+        "/v1/models",
+        summary="The models that are served",
+        responses=answers("openai", ModelList, post=False, model=False),
+    )
     @router.get("/models", include_in_schema=False)
     async def listed() -> Response:
         hosted = service.hosting.hosted.values()
         return Json({"object": "list", "data": [_entry(one, started) for one in hosted]})
 
-    @router.get("/v1/models/{model:path}", summary="One of them")
+    @router.get("/v1/models/{model:path}", summary="One of them", responses=answers("openai", ModelEntry, post=False))
     async def one(model: str) -> Response:
         return Json(_entry(service.hosting.find(model), started))
 

@@ -16,11 +16,14 @@ from phiquant.completion import Options
 from phiquant.server.conversation import MOST_MESSAGES, ToolSpec, chat_ids, toolbox_of
 from phiquant.server.describe import Description, describe
 from phiquant.server.failures import Failure, body_of, refuse
-from phiquant.server.fields import MOST_TOKENS, Body, Name, Number, Stops, Whole, grammar_of, seed_of, stops_of
+from phiquant.server.fields import MOST_TOKENS, Body, Name, Number, Stops, Switch, Whole, grammar_of, seed_of, stops_of
 from phiquant.server.generation import Answer, Call, CallDelta, CallStart, End, Event, TextDelta, Work
 from phiquant.server.hosting import Hosted, Loaded
 from phiquant.server.openai_embeddings import embedded
 from phiquant.server.service import Service, read_prompt, token_logprobs
+from phiquant.server.shapes import ollama as shapes
+from phiquant.server.shapes.document import LINES, answers
+from phiquant.server.shapes.errors import OllamaError
 from phiquant.server.streaming import Json, line, record_of
 from phiquant.text.grammar import Grammar
 from phiquant.text.tools import Toolbox
@@ -52,12 +55,12 @@ class OllamaBody(Body):
     """What chats and prompts share."""
 
     model: Name
-    stream: bool | None = None
+    stream: Switch | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: OllamaOptions | None = None
     keep_alive: float | Name | None = None
-    think: bool | Name | None = None
-    logprobs: bool | None = None
+    think: Switch | Name | None = None
+    logprobs: Switch | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
     def sampling(self, toolbox: Toolbox | None) -> Options:
@@ -147,7 +150,7 @@ class GenerateBody(OllamaBody):
 
     prompt: str | None = None
     system: str | None = None
-    raw: bool | None = None
+    raw: Switch | None = None
     suffix: str | None = None
     template: str | None = None
     context: list[Any] | None = None
@@ -174,7 +177,7 @@ class EmbedBody(Body):
 
     model: Name
     input: str | list[str]
-    truncate: bool | None = None
+    truncate: Switch | None = None
     dimensions: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     keep_alive: float | Name | None = None
 
@@ -184,7 +187,7 @@ class ShowBody(Body):
 
     model: Name | None = None
     name: Name | None = None
-    verbose: bool | None = None
+    verbose: Switch | None = None
 
 
 def failed(failure: Failure) -> bytes:
@@ -271,9 +274,7 @@ def routes(service: Service) -> APIRouter:
                     yield line({**head(), **piece("", []), **ended(item)})
 
         if body.stream is not False:
-            return service.stream(
-                request, model, plan, pieces, failed, media_type="application/x-ndjson", heartbeat=b""
-            )
+            return service.stream(request, model, plan, pieces, failed, media_type=LINES, heartbeat=b"")
         return await service.whole(request, model, plan, whole)
 
     async def only_loaded(body: OllamaBody, piece: Piece) -> Response:
@@ -289,7 +290,11 @@ def routes(service: Service) -> APIRouter:
             {"model": body.model, "created_at": _moment(), **piece("", []), "done": True, "done_reason": reason}
         )
 
-    @router.post("/chat", summary="Answer a conversation")
+    @router.post(
+        "/chat",
+        summary="Answer a conversation",
+        responses=answers("ollama", shapes.OllamaChat, [shapes.OllamaChat, OllamaError], media=LINES),
+    )
     async def chat(body: OllamaChatBody, request: Request) -> Response:
         def piece(text: str, calls: list[Call]) -> dict[str, Any]:
             message: dict[str, Any] = {"role": "assistant", "content": text}
@@ -301,7 +306,11 @@ def routes(service: Service) -> APIRouter:
             return await only_loaded(body, piece)
         return await answered(body, request, body.plan, piece)
 
-    @router.post("/generate", summary="Answer a prompt")
+    @router.post(
+        "/generate",
+        summary="Answer a prompt",
+        responses=answers("ollama", shapes.OllamaText, [shapes.OllamaText, OllamaError], media=LINES),
+    )
     async def generate(body: GenerateBody, request: Request) -> Response:
         def piece(text: str, calls: list[Call]) -> dict[str, Any]:
             return {"response": text}
@@ -310,7 +319,11 @@ def routes(service: Service) -> APIRouter:
             return await only_loaded(body, piece)
         return await answered(body, request, body.plan, piece)
 
-    @router.post("/embed", summary="What texts mean, as vectors of length 1")
+    @router.post(
+        "/embed",
+        summary="What texts mean, as vectors of length 1",
+        responses=answers("ollama", shapes.OllamaEmbeddings),
+    )
     async def embed(body: EmbedBody, request: Request) -> Response:
         began = time.perf_counter()
 
@@ -330,7 +343,11 @@ def routes(service: Service) -> APIRouter:
         name = hosted.model.name
         return {"name": name, "model": name, "size": found.size, "details": _details(found)}
 
-    @router.get("/tags", summary="The models that are served")
+    @router.get(
+        "/tags",
+        summary="The models that are served",
+        responses=answers("ollama", shapes.OllamaTags, post=False, model=False),
+    )
     async def tags() -> Response:
         models = []
         for hosted in service.hosting.hosted.values():
@@ -338,7 +355,7 @@ def routes(service: Service) -> APIRouter:
             models.append({**await described(hosted), "modified_at": _moment(found.modified)})
         return Json({"models": models})
 
-    @router.post("/show", summary="What a model's file says of it")
+    @router.post("/show", summary="What a model's file says of it", responses=answers("ollama", shapes.OllamaShown))
     async def show(body: ShowBody) -> Response:
         if not (body.model or body.name):
             raise refuse("model is missing", "model")
@@ -355,7 +372,11 @@ def routes(service: Service) -> APIRouter:
             }
         )
 
-    @router.get("/ps", summary="The models that are in memory")
+    @router.get(
+        "/ps",
+        summary="The models that are in memory",
+        responses=answers("ollama", shapes.Running, post=False, model=False),
+    )
     async def ps() -> Response:
         models = []
         for hosted in service.hosting.hosted.values():
@@ -371,7 +392,11 @@ def routes(service: Service) -> APIRouter:
                 )
         return Json({"models": models})
 
-    @router.get("/version", summary="The version of phiquant")
+    @router.get(
+        "/version",
+        summary="The version of phiquant",
+        responses=answers("ollama", shapes.OllamaVersion, post=False, model=False),
+    )
     async def version() -> Response:
         return Json({"version": __version__})
 

@@ -28,6 +28,7 @@ from phiquant.server.fields import (
     Number,
     ResponseFormat,
     Stops,
+    Switch,
     Whole,
     bias_of,
     grammar_of,
@@ -37,16 +38,21 @@ from phiquant.server.fields import (
 from phiquant.server.generation import Answer, CallDelta, CallStart, End, Event, TextDelta, Work
 from phiquant.server.hosting import Loaded
 from phiquant.server.service import Service, new_id, timings_of, token_logprobs
+from phiquant.server.shapes import openai as shapes
+from phiquant.server.shapes.document import answers
+from phiquant.server.shapes.errors import OpenAIError
 from phiquant.server.streaming import DONE, event
 
 __all__ = ["ChatBody", "OpenAISampling", "failed", "routes", "usage_of"]
+
+_ANSWERS = answers("openai", shapes.ChatCompletion, [shapes.ChatChunk, OpenAIError])
 
 
 class StreamOptions(Body):
     """What a stream tells besides."""
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_usage: Switch | None = None
+    include_obfuscation: Switch | None = None
 
 
 class OpenAISampling(LlamaSampling):
@@ -55,7 +61,7 @@ class OpenAISampling(LlamaSampling):
     model_config = ConfigDict(extra="forbid")
 
     model: Name | None = None
-    stream: bool | None = None
+    stream: Switch | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[Whole, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -91,14 +97,14 @@ class ChatBody(OpenAISampling):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[Whole, Field(ge=1, le=MOST_TOKENS)] | None = None
-    logprobs: bool | None = None
+    logprobs: Switch | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Switch | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # Accepted for what they are; there is nothing here that they could change.
-    store: bool | None = None
+    store: Switch | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -161,7 +167,7 @@ def routes(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", summary="Answer a conversation")
+    @router.post("/v1/chat/completions", summary="Answer a conversation", responses=_ANSWERS)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         model = service.name(body.model)
         head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": model}

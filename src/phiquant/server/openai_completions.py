@@ -10,14 +10,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from phiquant.server.failures import refuse
-from phiquant.server.fields import Whole, grammar_of
+from phiquant.server.fields import Switch, Whole, grammar_of
 from phiquant.server.generation import Answer, End, Event, TextDelta, Work
 from phiquant.server.hosting import Loaded
 from phiquant.server.openai_chat import OpenAISampling, failed, usage_of
 from phiquant.server.service import Service, logprob_of, new_id, read_prompt, timings_of, token_text
+from phiquant.server.shapes import openai as shapes
+from phiquant.server.shapes.document import answers
+from phiquant.server.shapes.errors import OpenAIError
 from phiquant.server.streaming import DONE, event
 
 __all__ = ["CompletionBody", "Prompts", "Token", "routes"]
+
+_ANSWERS = answers("openai", shapes.TextCompletion, [shapes.TextCompletionChunk, OpenAIError])
 
 Token = Annotated[Whole, Field(ge=0, lt=1 << 31)]
 Prompts = str | list[Token] | list[str] | list[list[Token]]
@@ -28,7 +33,7 @@ class CompletionBody(OpenAISampling):
 
     prompt: Prompts
     best_of: Annotated[Whole, Field(ge=1, le=128)] | None = None
-    echo: bool | None = None
+    echo: Switch | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
 
@@ -100,7 +105,7 @@ def routes(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", summary="Continue prompts")
+    @router.post("/v1/completions", summary="Continue prompts", responses=_ANSWERS)
     async def completions(body: CompletionBody, request: Request) -> Response:
         model, n = service.name(body.model), body.n or 1
         head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model}

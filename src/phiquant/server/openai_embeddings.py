@@ -14,11 +14,14 @@ from phiquant.server.fields import Body, Name, Whole
 from phiquant.server.hosting import Loaded
 from phiquant.server.openai_completions import Prompts
 from phiquant.server.service import Service, read_prompt
+from phiquant.server.shapes.document import answers
+from phiquant.server.shapes.openai import EmbeddingList
 from phiquant.server.streaming import record_of
 
 __all__ = ["EmbeddingBody", "embedded", "routes"]
 
 MOST_INPUTS = 2048
+_ANSWERS = answers("openai", EmbeddingList)
 
 
 class EmbeddingBody(Body):
@@ -51,7 +54,7 @@ def routes(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/embeddings", summary="What texts mean, as vectors of length 1")
+    @router.post("/v1/embeddings", summary="What texts mean, as vectors of length 1", responses=_ANSWERS)
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         given: Any = body.input
         several = isinstance(given, list) and (not given or not isinstance(given[0], int))

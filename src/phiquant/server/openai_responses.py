@@ -26,14 +26,27 @@ from phiquant.server.conversation import (
     toolbox_of,
 )
 from phiquant.server.failures import Failure, refuse
-from phiquant.server.fields import MOST_TOKENS, Body, JsonSchema, Name, Number, ResponseFormat, Whole, grammar_of
+from phiquant.server.fields import (
+    MOST_TOKENS,
+    Body,
+    JsonSchema,
+    Name,
+    Number,
+    ResponseFormat,
+    Switch,
+    Whole,
+    grammar_of,
+)
 from phiquant.server.generation import Answer, Call, CallDelta, CallStart, End, Event, TextDelta, Work
 from phiquant.server.hosting import Loaded
 from phiquant.server.service import Service, new_id, token_logprobs
+from phiquant.server.shapes import responses as shapes
+from phiquant.server.shapes.document import answers
 from phiquant.server.streaming import event
 
 __all__ = ["ResponseBody", "routes"]
 
+_ANSWERS = answers("openai", shapes.ResponseObject, shapes.EVENTS)
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -83,21 +96,21 @@ class ResponseBody(Body):
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
     model: Name | None = None
     instructions: str | None = None
-    stream: bool | None = None
+    stream: Switch | None = None
     max_output_tokens: Annotated[Whole, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Switch | None = None
     text: TextOptions | None = None
     include: list[Name] | None = None
     previous_response_id: Name | None = None
     conversation: Any | None = None
-    background: bool | None = None
+    background: Switch | None = None
     # Accepted for what they are; there is nothing here that they could change.
-    store: bool | None = None
+    store: Switch | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -341,7 +354,7 @@ def routes(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/responses", summary="Answer a conversation")
+    @router.post("/v1/responses", summary="Answer a conversation", responses=_ANSWERS)
     async def responses(body: ResponseBody, request: Request) -> Response:
         model = service.name(body.model)
         form = _Form(body, model)

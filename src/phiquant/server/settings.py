@@ -28,7 +28,8 @@ class Model:
         threads: native threads; 0 for as many as the process may use.
         batch_size: most tokens of a step.
         cache_type: of the key-value cache.
-        cache_tokens: tokens that the cache of all sequences holds; 0 for a context each.
+        cache_tokens: tokens that the cache of all sequences holds; 0 for a context each, or what memory suffices for.
+        predict: most tokens of an answer, whatever a request asks for; 0 for as many as the context holds.
         queue: most requests that wait.
         embeddings: whether it also gives embeddings.
     """
@@ -41,6 +42,7 @@ class Model:
     batch_size: int = 512
     cache_type: str = "f16"
     cache_tokens: int = 0
+    predict: int = 0
     queue: int = 64
     embeddings: bool = False
 
@@ -52,6 +54,7 @@ class Model:
             ("threads", 0),
             ("batch_size", 1),
             ("cache_tokens", 0),
+            ("predict", 0),
             ("queue", 0),
         ):
             if getattr(self, name) < least:

@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.errors import GrammarError
+from phiquant.text.gbnf import lark_of
+from phiquant.text.schema_bounds import check_schema
 from phiquant.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ Kind = Literal["json_schema", "regex", "lark", "gbnf"]
 # What may stand between the parts of JSON. Without a bound a model that likes blanks never comes to an end.
 JSON_BLANK: Final = r"( |\n{1,2}[ \t]{0,20})?"
 
-MOST_TEXT: Final = 1 << 20  # characters of a grammar
+# Characters of a grammar. What is long takes long: some ten microseconds a character, and a hundred bytes of memory.
+MOST_TEXT: Final[Mapping[Kind, int]] = {"json_schema": 1 << 18, "regex": 1 << 16, "lark": 1 << 18, "gbnf": 1 << 16}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class Grammar:
     text: str
 
     def __post_init__(self) -> None:
-        if len(self.text) > MOST_TEXT:
-            raise GrammarError(f"the grammar has {len(self.text):,} characters; {MOST_TEXT:,} are the most")
+        most = MOST_TEXT[self.kind]
+        if len(self.text) > most:
+            raise GrammarError(f"the {_NAMES[self.kind]} has {len(self.text):,} characters; {most:,} are the most")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
@@ -164,14 +168,15 @@ def _compiled(grammar: Grammar) -> str:
 
     try:
         if grammar.kind == "json_schema":
+            check_schema(json.loads(grammar.text))
             return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": JSON_BLANK})
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         if grammar.kind == "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
-        from llguidance.gbnf_to_lark import gbnf_to_lark
-
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.text))
+        return LLMatcher.grammar_from_lark(lark_of(grammar.text))
+    except GrammarError:
+        raise
     except Exception as error:  # the library's reader of GBNF raises what it likes
         raise GrammarError(f"the {_NAMES[grammar.kind]} cannot be used: {_sentence(str(error))}") from error
 

@@ -22,14 +22,14 @@ from typing import Any, Final, Literal
 
 from phiquant.errors import PhiquantError, RequestError
 from phiquant.text import repairs
-from phiquant.text.grammar import JSON_BLANK, Grammar
+from phiquant.text.grammar import Grammar
 from phiquant.text.template import ChatTemplate, Message
-from phiquant.text.tool_reader import MARKED, TAGGED, ToolReader
+from phiquant.text.tool_grammar import Form, calls_only, words_or_calls
+from phiquant.text.tool_reader import TAGGED, ToolReader
 
 __all__ = ["Tool", "Toolbox", "arranged"]
 
 Mode = Literal["auto", "none", "required"]
-Form = Literal["marked", "tagged", "plain"]
 
 _MOST_TOOLS: Final = 128
 _PROBE: Final = "probe-of-the-system-message"
@@ -37,20 +37,28 @@ _PROBE: Final = "probe-of-the-system-message"
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may ask for; `parameters` is the JSON schema of its arguments, an object."""
+    """A function that the model may ask for.
+
+    Attributes:
+        name, description: as the model sees them.
+        parameters: JSON schema of its arguments, an object.
+        strict: whether arguments obey the schema also where the model may answer in words instead of calling.
+    """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
 
     @property
     def shown(self) -> dict[str, Any]:
         """As templates want it: OpenAI's form."""
-        function = {"name": self.name, "description": self.description, "parameters": self._schema}
+        function = {"name": self.name, "description": self.description, "parameters": self.schema}
         return {"type": "function", "function": function}
 
     @property
-    def _schema(self) -> dict[str, Any]:
+    def schema(self) -> dict[str, Any]:
+        """Of its arguments, with what every schema of an object has."""
         return {"type": "object", "properties": {}, **self.parameters}
 
 
@@ -112,48 +120,27 @@ class Toolbox:
         return _instructed(found, self._instruction(), self._template), {}
 
     def grammar(self, answer: Grammar | None = None) -> Grammar | None:
-        """What the output is held to: calls if one is required; else `answer`, or calls instead of it."""
+        """What the output is held to: calls if one is required; else `answer`, or calls instead of it.
+
+        Without an `answer`, words come as they like, and calls obey the schemas of tools that are strict.
+        """
         if self.mode == "required":
             return self._calls(None)
-        return self._calls(answer) if self.active and answer is not None else answer
+        if not self.active:
+            return answer
+        if answer is not None:
+            return self._calls(answer)
+        if not any(tool.strict for tool in self.tools):
+            return None
+        anything = {"type": "object"}
+        functions = [(tool.name, tool.schema if tool.strict else anything) for tool in self.tools]
+        return words_or_calls(functions, self.parallel)
 
     def _calls(self, answer: Grammar | None) -> Grammar:
         if answer is not None and answer.kind != "json_schema":
             raise RequestError("tools and a grammar of one's own exclude one another; use a JSON schema")
-        definitions: dict[str, Any] = {}
-        kinds = []
-        for at, tool in enumerate(self.tools):
-            definitions[f"tool{at}"] = _moved(tool.shown["function"]["parameters"], f"#/$defs/tool{at}")
-            kinds.append(
-                {
-                    "type": "object",
-                    "properties": {"name": {"const": tool.name}, "arguments": {"$ref": f"#/$defs/tool{at}"}},
-                    "required": ["name", "arguments"],
-                    "additionalProperties": False,
-                }
-            )
-        call = {"anyOf": kinds}
-        calls: dict[str, Any] = {"type": "array", "items": call, "minItems": 1}
-        if not self.parallel:
-            calls["maxItems"] = 1
-        if self.form == "marked":
-            rule, inner = f'calls: "{MARKED[0]}" list "{MARKED[1]}"\nlist: %json ', calls
-        elif self.form == "tagged":
-            again = ' ("\\n" one)*' if self.parallel else ""
-            rule = f'calls: one{again}\none: "{TAGGED[0]}\\n" call "\\n{TAGGED[1]}"\ncall: %json '
-            inner = call
-        else:
-            rule = "calls: %json "
-            inner = {"type": "object", "properties": {"tool_calls": calls}, "required": ["tool_calls"]}
-            inner["additionalProperties"] = False
-        # Written as models see JSON most often, and with no more space than that: fewer tokens, and none to waver at.
-        tight = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        text = rule + json.dumps({**inner, "$defs": definitions, "x-guidance": tight}) + "\n"
-        if answer is None:
-            return Grammar("lark", "start: calls\n" + text)
-        schema = json.loads(answer.text)
-        form = {"x-guidance": {"whitespace_pattern": JSON_BLANK}, **schema} if isinstance(schema, dict) else schema
-        return Grammar("lark", f"start: calls | answer\n{text}answer: %json {json.dumps(form)}\n")
+        functions = [(tool.name, tool.schema) for tool in self.tools]
+        return calls_only(functions, self.form, self.parallel, answer)
 
     def _instruction(self) -> str:
         shown = json.dumps([tool.shown["function"] for tool in self._all], ensure_ascii=False)
@@ -238,20 +225,3 @@ def _shows_system(template: ChatTemplate) -> bool:
         return _PROBE in template.render(probe)
     except PhiquantError:
         return False
-
-
-def _moved(schema: Any, place: str, depth: int = 0) -> Any:
-    """A schema whose references to itself still hold when it lies at `place` of another."""
-    if depth > 100:
-        raise RequestError("the parameters of a tool are nested too deeply")
-    if isinstance(schema, Mapping):
-        moved = {}
-        for key, value in schema.items():
-            if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-                moved[key] = place + value[1:]
-            elif key not in ("$schema", "$id"):
-                moved[key] = _moved(value, place, depth + 1)
-        return moved
-    if isinstance(schema, list):
-        return [_moved(item, place, depth + 1) for item in schema]
-    return schema

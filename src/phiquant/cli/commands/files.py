@@ -7,7 +7,8 @@ from typer import Argument, Option
 
 from .options import (
     MIX_TOKENS,
-    Checkpoint,
+    GivenCheckpoint,
+    HfCheckpoint,
     HfRepo,
     Json,
     KeepNan,
@@ -24,7 +25,8 @@ __all__ = ["convert", "inspect", "merge", "quantize", "split", "verify"]
 
 
 def convert(
-    model: Checkpoint,
+    model: GivenCheckpoint = None,
+    hf_repo: HfCheckpoint = None,
     outfile: Annotated[
         Path | None, Option("--outfile", "-o", metavar="FILE", help="Default: named after the model and the type.")
     ] = None,
@@ -42,13 +44,15 @@ def convert(
 ) -> int:
     """Convert a Hugging Face checkpoint to GGUF."""
     from .. import convert as body
+    from ..models import checkpoint_of
     from ..notices import Notices
     from ..sizes import parse_size
     from ..split import division_of
 
+    source = checkpoint_of(model, hf_repo, "phiquant convert FOLDER")
     with Notices(quiet=quiet).compiling():
         return body.convert(
-            model,
+            source,
             outfile,
             outtype,
             threads=threads,
@@ -204,9 +208,9 @@ def quantize(
 ) -> int:
     """Quantize a GGUF file, a checkpoint or a repository, in one step."""
     from .. import quantize as body
-    from ..quantize_options import QuantizeOptions
     from ..mixes import MixOptions
     from ..notices import Notices
+    from ..quantize_options import QuantizeOptions
     from ..sizes import parse_size
     from ..split import division_of
 
@@ -251,10 +255,15 @@ def quantize(
 
 
 def split(
-    file: Annotated[Path, Argument(metavar="IN", help="A GGUF file, or the first part of a split model.")],
-    prefix: Annotated[
-        Path, Argument(metavar="OUT-PREFIX", help="What the names of the parts begin with: PREFIX-00001-of-0000M.gguf.")
+    arguments: Annotated[
+        list[Path],
+        Argument(
+            metavar="[IN] OUT-PREFIX",
+            help="IN: a GGUF file, or the first part of a split model; none with --hf-repo. OUT-PREFIX: what the names "
+            "of the parts begin with: PREFIX-00001-of-0000M.gguf.",
+        ),
     ],
+    hf_repo: HfRepo = None,
     split_max_tensors: Annotated[
         int | None, Option("--split-max-tensors", metavar="N", help="Tensors in each part, at most; 128 by default.")
     ] = None,
@@ -268,21 +277,32 @@ def split(
 ) -> int:
     """Divide a GGUF file into parts, as llama-gguf-split --split does."""
     from .. import split as body
+    from ..models import path_of, source_and_target
 
+    model, prefix = source_and_target(arguments, hf_repo, "phiquant split MODEL.gguf OUT-PREFIX")
     division = body.division_of(split_max_tensors, split_max_size, no_tensor_first_split)
-    return body.split(file, prefix, division, dry_run=dry_run, quiet=quiet)
+    return body.split(path_of(model, quiet=quiet), prefix, division, dry_run=dry_run, quiet=quiet)
 
 
 def merge(
-    first: Annotated[Path, Argument(metavar="FIRST-PART", help="The first part, NAME-00001-of-0000M.gguf.")],
-    outfile: Annotated[Path, Argument(metavar="OUT", help="The file to write; it must not exist.")],
+    arguments: Annotated[
+        list[Path],
+        Argument(
+            metavar="[FIRST-PART] OUT",
+            help="FIRST-PART: NAME-00001-of-0000M.gguf; none with --hf-repo. OUT: the file to write, which must not "
+            "exist.",
+        ),
+    ],
+    hf_repo: HfRepo = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the file's size; write nothing.")] = False,
     quiet: Quiet = False,
 ) -> int:
     """Join the parts of a split model in one file, as llama-gguf-split --merge does."""
     from .. import split as body
+    from ..models import path_of, source_and_target
 
-    return body.merge(first, outfile, dry_run=dry_run, quiet=quiet)
+    model, outfile = source_and_target(arguments, hf_repo, "phiquant merge NAME-00001-of-0000M.gguf OUT.gguf")
+    return body.merge(path_of(model, quiet=quiet), outfile, dry_run=dry_run, quiet=quiet)
 
 
 def verify(

@@ -12,6 +12,8 @@ __all__ = [
     "CacheType",
     "Checkpoint",
     "GivenCacheType",
+    "GivenCheckpoint",
+    "HfCheckpoint",
     "HfRepo",
     "HfRepos",
     "Json",
@@ -30,8 +32,18 @@ CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by ver
 
 MIX_TOKENS = 1024  # as in `mixes`, which loads the converter
 
-Checkpoint = Annotated[
-    str, Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision].")
+_checkpoint = Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision].")
+Checkpoint = Annotated[str, _checkpoint]
+GivenCheckpoint = Annotated[str | None, _checkpoint]
+HfCheckpoint = Annotated[
+    str | None,
+    Option(
+        "--hf-repo",
+        "-hf",
+        "-hfr",
+        metavar="OWNER/REPO[@REVISION]",
+        help="Instead of MODEL a checkpoint of the Hugging Face Hub, also where a folder has that name.",
+    ),
 ]
 HfRepo = Annotated[
     str | None,

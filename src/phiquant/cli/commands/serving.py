@@ -56,7 +56,20 @@ def serve(
     cache_type: GivenCacheType = None,
     cache_tokens: Annotated[
         int | None,
-        Option("--cache-tokens", metavar="N", help="Tokens that the cache holds for all; by default a context each."),
+        Option(
+            "--cache-tokens",
+            metavar="N",
+            help="Tokens that the cache holds for all; by default a context each, if half of what is free suffices.",
+        ),
+    ] = None,
+    predict: Annotated[
+        int | None,
+        Option(
+            "--predict",
+            "-n",
+            metavar="N",
+            help="Most tokens of an answer, whatever a request asks for; 0: as many as the context holds.",
+        ),
     ] = None,
     queue: Annotated[
         int | None, Option("--queue", metavar="N", help="Most requests that wait; more are told to come again. 64.")
@@ -126,6 +139,7 @@ def serve(
         batch_size=batch_size,
         cache_type=cache_type,
         cache_tokens=cache_tokens,
+        predict=predict,
         queue=queue,
         embeddings=embeddings or None,
         cors=cors,
