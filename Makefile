@@ -22,7 +22,7 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs arm browser parity interop bench bench-speed bench-types table parity-table clean
+.PHONY: help demo test check docs arm browser parity interop bench bench-speed bench-types bench-load soak table parity-table clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -76,6 +76,14 @@ bench-types: $(VENV)/.ready-tests $(INTEROP_STAMP) $(LLAMA_CPP_NATIVE)/bin/llama
 	test -e $(SYNTHETIC)-F16.gguf || $(BIN)/phiquant convert $(SYNTHETIC) --outfile $(SYNTHETIC)-F16.gguf --outtype f16
 	$(BIN)/python benchmarks/compare_types.py $(SYNTHETIC)-F16.gguf --tools $(LLAMA_CPP_NATIVE)/bin --peer $(INTEROP_VENV)/bin/python
 
+bench-load: $(VENV)/.ready-tests $(LLAMA_CPP_NATIVE)/bin/llama-server ## measure the server under load against llama-server (half an hour, alone on the machine)
+	test -e $(SYNTHETIC)-8-Q4_K_M.gguf || { $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)-8 --layers 8 && \
+		$(BIN)/phiquant quantize $(SYNTHETIC)-8 $(SYNTHETIC)-8-Q4_K_M.gguf Q4_K_M && rm -rf $(SYNTHETIC)-8; }
+	$(BIN)/python benchmarks/server_load.py $(SYNTHETIC)-8-Q4_K_M.gguf --against $(LLAMA_CPP_NATIVE)/bin/llama-server
+
+soak: $(VENV)/.ready-tests ## 10,000 requests to the server, clients that leave and malformed ones among them (minutes)
+	$(BIN)/python benchmarks/soak.py
+
 table: $(VENV)/.ready-tests $(INTEROP_STAMP) ## write docs/formats/table.md again: every file type, measured (ten minutes, alone on the machine)
 	$(BIN)/python $(PIP) --prefer-binary --group plot
 	$(BIN)/python benchmarks/format_table.py --peer $(INTEROP_VENV)/bin/python
@@ -118,10 +126,10 @@ $(INTEROP_STAMP):
 	@touch $@
 
 $(LLAMA_CPP_NATIVE)-avx2/bin/llama-bench: $(INTEROP_STAMP)
-	sh scripts/build_llama_cpp.sh $(LLAMA_CPP_SOURCE) $(LLAMA_CPP_NATIVE)-avx2 \
+	TOOLS=llama-bench sh scripts/build_llama_cpp.sh $(LLAMA_CPP_SOURCE) $(LLAMA_CPP_NATIVE)-avx2 \
 		-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF
 	@touch $@
 
-$(LLAMA_CPP_NATIVE)/bin/llama-quantize: $(INTEROP_STAMP)
+$(LLAMA_CPP_NATIVE)/bin/llama-quantize $(LLAMA_CPP_NATIVE)/bin/llama-server: $(INTEROP_STAMP)
 	sh scripts/build_llama_cpp.sh $(LLAMA_CPP_SOURCE) $(LLAMA_CPP_NATIVE)
 	@touch $@

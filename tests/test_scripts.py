@@ -62,6 +62,29 @@ def test_the_table_of_types_is_measured(tmp_path: Path) -> None:
     assert all(float(row[titles.index("decode")]) > 0 for row in (eight, two))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_the_server_is_measured_beside_another(tmp_path: Path) -> None:
+    model, peer = tmp_path / "tiny.gguf", tmp_path / "llama-server"
+    run("-m", "phiquant", "convert", "--quiet", ROOT / "models" / "phi3-tiny", "--outfile", model, "--outtype", "q8_0")
+    # A peer that understands llama-server's options, and that clients cannot tell from it: ourselves.
+    peer.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        "assert '--cont-batching' in sys.argv and sys.argv[sys.argv.index('-c') + 1] == '2560'\n"
+        "given = [word for word in sys.argv[1:] if word != '--cont-batching']\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'phiquant', 'serve', *given])\n"
+    )
+    peer.chmod(0o755)
+    few = ["--streams", "2", "--requests", "2", "--rounds", "1", "--no-results"]
+    lines = run(ROOT / "benchmarks" / "server_load.py", model, "--against", peer, *few).splitlines()
+    (loads,) = (line.strip("| ").split(" | ") for line in lines if line.startswith("| 2 |"))
+    assert len(loads) == 16
+    assert all(float(cell) > 0 for cell in loads)
+    total, generated = float(loads[1]), float(loads[4])
+    assert 0 < generated < total
+    first, second, gain = (line.strip("| ").split(" | ") for line in lines[-3:])
+    assert float(first[1]) / float(second[1]) == pytest.approx(float(gain[1]), rel=0.3)
+
+
 @pytest.fixture
 def parity_table(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))

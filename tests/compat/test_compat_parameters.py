@@ -91,7 +91,7 @@ def test_files_of_a_repository(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id: names)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     where = {"local_dir": None, "cache_dir": file.parent}
-    assert pretrained.download("a/b", "*Q4_K_M.gguf", [], **where) == "/there/./Phi-Q4_K_M.gguf"
+    assert pretrained.download("a/b", "*Q4_K_M.gguf", [], **where) == "/there/Phi-Q4_K_M.gguf"
     path = pretrained.download("a/b", "big/*00001-of*", ["big/*00002-of*"], **where)
     assert path == "/there/big/Phi-F16-00001-of-00002.gguf"
     assert [f"{one['subfolder']}/{one['filename']}" for one in fetched[1:]] == names[2:]

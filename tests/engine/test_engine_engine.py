@@ -285,7 +285,7 @@ def test_who_does_not_want_to_share_computes_all() -> None:
 
 
 def test_prompts_take_little_of_a_step_while_others_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Speed, "room", 16)
+    monkeypatch.setattr(Speed, "room", lambda self, prompts: 8 * (1 + prompts))
     e, checker = engine(sequences=3, pages=40, tokens=64)
     talking = Sequence([1], GREEDY, max_tokens=150)
     e.submit(talking)
@@ -298,7 +298,8 @@ def test_prompts_take_little_of_a_step_while_others_generate(monkeypatch: pytest
     assert len(checker.steps) - before == 1, "a short prompt does not wait for a long one"
     e.advance(long, 100)
     during = checker.steps[before:]
-    assert max(len(s.tokens) for s in during) == 17
+    assert [len(s.tokens) for s in during[:3]] == [25, 17, 17], "more while two wait"
+    assert max(len(s.tokens) for s in during[3:]) == 17
     assert len(talking.ids) - length == len(during), "a token in every step"
     e.cancel(talking)
     last = Sequence([4] * 100, GREEDY, max_tokens=1)
@@ -324,18 +325,20 @@ def test_short_prompts_do_not_starve_a_long_one() -> None:
 
 def test_what_fits_a_step_follows_from_what_steps_took() -> None:
     speed = Speed()
-    assert speed.room >= LEAST
+    assert speed.room(1) >= LEAST
     speed.stepped(0, 512, 0.512)  # 1 ms a token
-    assert speed.room == 192, "200 would fit, in whole tiles 192"
+    assert speed.room(1) == 192, "200 would fit, in whole tiles 192"
+    assert speed.room(3) == 400, "twice the time for two more"
+    assert speed.room(50) == 992, "a second is the most"
     for _ in range(50):
         speed.stepped(4, 0, 0.05)  # a step of others takes 50 ms by itself
-    assert speed.room == 144
+    assert speed.room(1) == 144
     for _ in range(100):
         speed.stepped(4, 16, 0.05 + 16 * 0.002)  # prompts have become slower
-    assert speed.room == 64
+    assert speed.room(1) == 64
     for _ in range(100):
         speed.stepped(4, 0, 5.0)
-    assert speed.room == LEAST, "however slow the machine"
+    assert speed.room(1) == speed.room(100) == LEAST, "however slow the machine"
     assert speed.retry_after(4) == 1
     speed.ended(40)
     assert speed.retry_after(4) == 10

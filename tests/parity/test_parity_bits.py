@@ -29,10 +29,9 @@ def test_chunks_and_threads(quantized: Path) -> None:
     """One chunk, chunks of 7, token by token; 1, 2 and 3 threads."""
     with LLM.load(quantized, backend="cpu", threads=1) as llm:
         expected = llm.logits(ids(100))
-    for threads in (1, 2, 3):
-        for batch in (512, 7, 1):
-            with LLM.load(quantized, backend="cpu", threads=threads, batch=batch) as llm:
-                assert np.array_equal(llm.logits(ids(100)), expected), (threads, batch)
+    for threads, batch in ((2, 512), (3, 512), (1, 7), (3, 7), (2, 1)):
+        with LLM.load(quantized, backend="cpu", threads=threads, batch=batch) as llm:
+            assert np.array_equal(llm.logits(ids(100)), expected), (threads, batch)
 
 
 @pytest.mark.parametrize("name", ["untied_grouped_128", "longrope_above_96", "tied_grouped_partial_128", "window_64"])

@@ -113,7 +113,7 @@ class ScriptedEngine:
         return Embeddings(np.stack(rows), tokens, Usage(sum(tokens), 0, 0))
 
     def stats(self) -> Any:
-        return SimpleNamespace(running=self.running, waiting=3, pages_used=5, pages_total=8)
+        return SimpleNamespace(running=self.running, waiting=3, pages_used=5, pages_total=8, preempted=2)
 
     async def __aenter__(self) -> ScriptedEngine:
         return self

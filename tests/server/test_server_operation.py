@@ -47,6 +47,7 @@ def test_metrics_count_requests_and_tokens(make: Make) -> None:
     assert found["phiquant_first_token_seconds_count", "tiny"] == 2
     assert found["phiquant_waiting", "tiny"] == 3
     assert found["phiquant_pages_total", "tiny"] == 8
+    assert found["phiquant_preempted", "tiny"] == 2
     assert found["phiquant_model_loaded", "tiny"] == 1
 
 

@@ -11,6 +11,7 @@ prompt, one that lost its pages has everything again. Sequences have places in t
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
@@ -91,10 +92,10 @@ class Scheduler:
         """Whether there is anything that `plan` would plan."""
         return any(not sequence.hold for sequence in chain(self.running, self.waiting))
 
-    def plan(self, room: int) -> list[Chunk]:
+    def plan(self, room: Callable[[int], int]) -> list[Chunk]:
         """The next step; empty if there is nothing to do.
 
-        `room`: most tokens of prompts in a step in which others generate.
+        `room`: most tokens of prompts in a step in which others generate, for so many prompts.
         """
         self._admit()
         for sequence in self.running:
@@ -106,11 +107,11 @@ class Scheduler:
         elif ready:
             self._hidden = ready[0].hidden
         tokens, outputs = self._capacity.tokens, self._capacity.outputs
-        single = [s for s in ready if s.pending == 1]
+        single, prompts = [s for s in ready if s.pending == 1], [s for s in ready if s.pending > 1]
         if any(s.pending == 1 for s in self.running):
-            tokens = min(tokens, len(single) + room)
+            tokens = min(tokens, len(single) + room(len(prompts)))
         chunks: list[Chunk] = []
-        for sequence in [*single, *_in_turn([s for s in ready if s.pending > 1], tokens - len(single))]:
+        for sequence in [*single, *_in_turn(prompts, tokens - len(single))]:
             if sequence not in self.running:
                 continue  # it lost its pages to an older one
             draft = sequence.draft if sequence.pending == 1 and len(self.running) == 1 else ()

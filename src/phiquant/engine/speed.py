@@ -3,10 +3,15 @@
 import math
 from typing import Final
 
-__all__ = ["LEAST", "STEP_SECONDS", "Speed", "mean"]
+__all__ = ["LEAST", "MOST_SECONDS", "STEP_SECONDS", "Speed", "mean"]
 
 STEP_SECONDS: Final = 0.2
-"""What a step may last while sequences are generating: whoever reads along waits no longer for the next token."""
+"""What a step may last while sequences are generating and a prompt waits: whoever reads along waits no longer for the
+next token. Every further prompt adds half of it: the same for any number would let texts be generated so fast that most
+places always had a prompt that waits, so that first tokens came late and few texts shared a step."""
+
+MOST_SECONDS: Final = 1.0
+"""What it may last, however many wait."""
 
 LEAST: Final = 16
 """Prompt tokens that every step takes, a tile of the kernels; or prompts would wait for ever on a slow machine."""
@@ -32,12 +37,12 @@ class Speed:
         """A sequence had a place for so long."""
         self._sequence = mean(self._sequence, seconds)
 
-    @property
-    def room(self) -> int:
-        """Tokens of prompts for a step that lasts `STEP_SECONDS`, in whole tiles."""
+    def room(self, prompts: int) -> int:
+        """Tokens of prompts for a step while so many wait and others generate, in whole tiles."""
         if not self._token:
             return 4 * LEAST  # few enough to be safe, and they will tell
-        tiles = min((STEP_SECONDS - self._generating) / self._token, 1 << 30) // LEAST
+        seconds = min(STEP_SECONDS * (1 + prompts) / 2, MOST_SECONDS)
+        tiles = min((seconds - self._generating) / self._token, 1 << 30) // LEAST
         return max(LEAST, int(tiles) * LEAST)
 
     def retry_after(self, places: int) -> float:

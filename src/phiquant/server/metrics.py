@@ -48,6 +48,7 @@ class Counters:
             ("waiting", "Sequences that wait for one."),
             ("pages_used", "Pages of the cache that sequences have."),
             ("pages_total", "Pages of the cache."),
+            ("preempted", "How often a sequence gave its pages up for others, since the model was loaded."),
         )
         self._gauges = {name: Gauge(name, text, ["model"], **of) for name, text in gauges}
         self._loaded = Gauge("model_loaded", "Whether a model is in memory.", ["model"], **of)
