@@ -1,0 +1,242 @@
+"""Error feedback and mixes beside llama.cpp's files of the same size, on several models: docs/quality.md's tables.
+
+    python scripts/quality_table.py --tools LLAMA_CPP/bin --calibration TEXT --evaluation NAME=TEXT \\
+        [--evaluation NAME=TEXT] [--crossed TEXT] [--out FOLDER] CHECKPOINT...
+
+Makes of every checkpoint an F32 file, of that with llama-imatrix and llama-quantize a file of every type, with
+`phiquant quantize --calibrate` another one, and with `--budget` one of the same size; measures each beside the F32 file
+on every text, by `phiquant perplexity` and by llama-perplexity. Prints Markdown as it goes; with --out it writes
+quality.json and a plot for every model there. What is made once is found again by --work.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from phiquant.gguf import open_model
+
+TYPES = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M,IQ1_M,IQ2_XXS,IQ2_M,IQ3_XXS,Q4_0"
+MIXED = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
+CONTEXT = 512
+READ = (4096, 16384, 65536)  # tokens of calibration, to see whether more of them help
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file on one text, in nats for each token."""
+
+    model: str
+    text: str
+    type: str
+    maker: str
+    bytes: int
+    mean: float
+    p999: float
+    top1: float
+    perplexity: float
+
+
+def run(*command: object) -> str:
+    """A program's output; its errors where it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout + done.stderr
+
+
+def ours(*arguments: object) -> str:
+    """Our own command line."""
+    return run(sys.executable, "-m", "phiquant", *arguments)
+
+
+class Bench:
+    """The files of one model, made when they are first asked for, and what was measured of them."""
+
+    def __init__(self, checkpoint: Path, work: Path, tools: Path, calibration: Path, windows: int) -> None:
+        self.name, self.work, self.tools, self.calibration, self.windows = (
+            checkpoint.name,
+            work,
+            tools,
+            calibration,
+            windows,
+        )
+        self.whole = work / f"{self.name}-F32.gguf"
+        if not self.whole.exists():
+            ours("convert", "-q", checkpoint, "--outfile", self.whole, "--outtype", "f32")
+
+    def theirs(self, kind: str) -> Path:
+        """llama-quantize's file, with an importance matrix of the whole text."""
+        matrix, path = self.work / f"{self.name}-imatrix.gguf", self.work / f"{self.name}-{kind}-theirs.gguf"
+        if not matrix.exists():
+            run(self.tools / "llama-imatrix", "-m", self.whole, "-f", self.calibration, "-o", matrix, "-c", CONTEXT)
+        if not path.exists():
+            run(self.tools / "llama-quantize", "--imatrix", matrix, self.whole, path, kind)
+        return path
+
+    def made(self, kind: str, calibration: Path | None = None, tokens: int = 16384) -> Path:
+        """Ours by error feedback."""
+        text = calibration or self.calibration
+        path = self.work / f"{self.name}-{kind}-{text.stem}-{tokens}.gguf"
+        if not path.exists():
+            read = ("--calibrate", text, "--calibration-tokens", tokens)
+            ours("quantize", "-q", "--no-measure", *read, self.whole, path, kind)
+        return path
+
+    def mixed(self, kind: str, size: int) -> Path:
+        """Ours of at most that size."""
+        path = self.work / f"{self.name}-{kind}-mixed.gguf"
+        if not path.exists():
+            ours("quantize", "-q", "--no-measure", "--calibrate", self.calibration, "--budget", size, self.whole, path)
+        return path
+
+    def measured(self, path: Path, maker: str, kind: str, name: str, text: Path) -> Row:
+        """By our engine, beside the F32 file."""
+        found = json.loads(
+            ours("perplexity", "-q", "-m", path, "-f", text, "--kl-divergence", "--base", self.whole, "-c", CONTEXT,
+                 "--chunks", self.windows, "-o", "json")
+        )  # fmt: skip
+        d = found["divergence"]
+        figures = (d["mean"], d["percentiles"]["99.9"], d["top1"], found["perplexity"]["value"])
+        return Row(self.name, name, kind, maker, weights(path), *figures)
+
+    def by_llama_cpp(self, path: Path, name: str, text: Path) -> float:
+        """The mean divergence as llama-perplexity finds it."""
+        logits, common = self.work / f"{self.name}-{name}.kld", ("-c", CONTEXT, "--chunks", self.windows)
+        tool = self.tools / "llama-perplexity"
+        if not logits.exists():
+            run(tool, "-m", self.whole, "-f", text, "--kl-divergence-base", logits, *common)
+        said = run(tool, "-m", path, "--kl-divergence-base", logits, "--kl-divergence", *common)
+        match = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", said)
+        assert match, said[-2000:]
+        return float(match[1])
+
+
+def weights(path: Path) -> int:
+    """Bytes of a file's tensors."""
+    with open_model(path) as file:
+        return sum(tensor.nbytes for tensor in file.tensors.values())
+
+
+def line(*cells: object) -> None:
+    """A row of a table, at once."""
+    print(
+        "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
+    )
+
+
+def beside(bench: Bench, types: list[str], texts: dict[str, Path]) -> list[Row]:
+    """Every type, theirs and ours, on every text."""
+    rows = []
+    print(f"\n### {bench.name}: the same types and bytes\n")
+    line(
+        "type", "bytes", *(f"{text}: {what}" for text in texts for what in ("theirs", "ours", "ratio", "by llama.cpp"))
+    )
+    line(*["---"] * 2, *["--:"] * 4 * len(texts))
+    for kind in types:
+        theirs, mine = bench.theirs(kind), bench.made(kind)
+        assert weights(theirs) == weights(mine), f"{kind}: {weights(theirs)} and {weights(mine)} bytes"
+        cells: list[object] = []
+        for name, text in texts.items():
+            a = bench.measured(theirs, "llama.cpp", kind, name, text)
+            b = bench.measured(mine, "feedback", kind, name, text)
+            peer = bench.by_llama_cpp(mine, name, text) / bench.by_llama_cpp(theirs, name, text)
+            rows += [a, b]
+            cells += [a.mean, b.mean, f"{b.mean / a.mean:.2f}", f"{peer:.2f}"]
+        line(kind, f"{weights(mine):,}", *cells)
+    return rows
+
+
+def mixes(bench: Bench, types: list[str], texts: dict[str, Path]) -> list[Row]:
+    """Mixes of the size of every type's file."""
+    rows = []
+    print(f"\n### {bench.name}: mixes of the same size\n")
+    line("size of", *(f"{text}: {what}" for text in texts for what in ("type", "mix", "ratio")))
+    line("---", *["--:"] * 3 * len(texts))
+    for kind in types:
+        single = bench.made(kind)
+        mix = bench.mixed(kind, bench.theirs(kind).stat().st_size)
+        assert mix.stat().st_size <= bench.theirs(kind).stat().st_size
+        cells: list[object] = []
+        for name, text in texts.items():
+            a = bench.measured(single, "feedback", kind, name, text)
+            b = bench.measured(mix, "mix", kind, name, text)
+            rows.append(b)
+            cells += [a.mean, b.mean, f"{b.mean / a.mean:.2f}"]
+        line(kind, *cells)
+    return rows
+
+
+def readings(bench: Bench, texts: dict[str, Path], calibrations: list[Path], kinds: list[str]) -> None:
+    """More and other text to calibrate on."""
+    print(f"\n### {bench.name}: what is read for the calibration\n")
+    line("type", "calibrated on", "tokens", *texts)
+    line("---", "---", "--:", *["--:"] * len(texts))
+    for kind in kinds:
+        for text in calibrations:
+            for tokens in READ:
+                path = bench.made(kind, text, tokens)
+                values = [bench.measured(path, "feedback", kind, name, on).mean for name, on in texts.items()]
+                line(kind, text.stem, f"{tokens:,}", *values)
+
+
+def plot(rows: list[Row], model: str, text: str, path: Path) -> None:
+    """Size against divergence of one model on one text."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for maker, mark in (("llama.cpp", "o"), ("feedback", "s"), ("mix", "^")):
+        points = sorted((r.bytes, r.mean, r.type) for r in rows if (r.model, r.text, r.maker) == (model, text, maker))
+        if points:
+            label = {"llama.cpp": "llama-quantize, importance matrix", "feedback": "phiquant, error feedback"}
+            axes.plot(
+                [p[0] / 1e6 for p in points], [p[1] for p in points], mark, label=label.get(maker, "phiquant, mix")
+            )
+        if maker == "llama.cpp":
+            for size, mean, kind in points:
+                axes.annotate(kind, (size / 1e6, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set(yscale="log", xlabel="weights, MB", ylabel="mean KL divergence, nats", title=f"{model}, {text}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    p.add_argument("--tools", type=Path, required=True, help="where llama-quantize, -imatrix and -perplexity are")
+    p.add_argument("--calibration", type=Path, required=True)
+    p.add_argument("--crossed", type=Path, help="another text to calibrate on, of another kind")
+    p.add_argument("--evaluation", action="append", required=True, metavar="NAME=TEXT")
+    p.add_argument("--types", default=TYPES)
+    p.add_argument("--parts", default="beside,mixes,readings")
+    p.add_argument("--windows", type=int, default=40, help=f"of {CONTEXT} tokens, of every text")
+    p.add_argument("--work", type=Path, help="keep what is made in this folder, and use what is there")
+    p.add_argument("--out", type=Path)
+    a = p.parse_args()
+    texts = {name: Path(path) for name, path in (text.split("=", 1) for text in a.evaluation)}
+    types, parts, rows = a.types.split(","), a.parts.split(","), list[Row]()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = a.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for checkpoint in a.checkpoints:
+            bench = Bench(checkpoint, work, a.tools, a.calibration, a.windows)
+            if "beside" in parts:
+                rows += beside(bench, types, texts)
+            if "mixes" in parts:
+                rows += mixes(bench, [kind for kind in types if kind in MIXED], texts)
+            if "readings" in parts:
+                readings(bench, texts, [a.calibration, *([a.crossed] if a.crossed else [])], ["Q4_K_M", "Q2_K"])
+            if a.out is not None:
+                a.out.mkdir(parents=True, exist_ok=True)
+                (a.out / "quality.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                for name in texts:
+                    plot(rows, bench.name, name, a.out / f"quality-{bench.name}-{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
