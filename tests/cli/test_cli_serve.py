@@ -36,7 +36,17 @@ def test_options_become_settings(
 ) -> None:
     (tmp_path / "keys").write_text("two\n")
     arguments = ["-m", str(file), "-a", "phi", "--host", "0.0.0.0", "--port", "81", "--api-key", "one", "-c", "0"]
-    arguments += ["--api-key-file", str(tmp_path / "keys"), "-np", "2", "--embeddings", "--cors", "https://a.example"]
+    arguments += [
+        "--api-key-file",
+        str(tmp_path / "keys"),
+        "-np",
+        "2",
+        "-n",
+        "9",
+        "--embeddings",
+        "--cors",
+        "https://a.example",
+    ]
     arguments += [
         "--allowed-hosts",
         "box",
@@ -52,6 +62,7 @@ def test_options_become_settings(
     (found,) = served
     (model,) = found.models
     assert (model.path, model.name, model.ctx_size, model.parallel, model.embeddings) == (file, "phi", 0, 2, True)
+    assert model.predict == 9
     assert (found.host, found.port, found.api_keys) == ("0.0.0.0", 81, ("one", "two"))
     assert (found.cors, found.allowed_hosts, found.metrics, found.slots) == (
         ("https://a.example",),

@@ -162,6 +162,13 @@ def said(served: Process, raw: bytes, *, ends: bool = True) -> bytes:
     return found
 
 
+COUNTS = ("completion_tokens", "output_tokens", "tokens_predicted", "eval_count")
+LENGTHS = {
+    **dict.fromkeys(GOOD, ("max_tokens",)),
+    "/v1/responses": ("max_output_tokens",),
+    "/completion": ("n_predict",),
+    **dict.fromkeys(("/api/chat", "/api/generate"), ("options",)),
+}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = json.dumps({"prompt": "Once", "max_tokens": 1}).encode()
 
@@ -170,6 +177,21 @@ BODY = json.dumps({"prompt": "Once", "max_tokens": 1}).encode()
 def test_a_plain_request_is_answered(served: Process) -> None:
     length = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(BODY)
     assert said(served, POST + length + BODY, ends=False).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.cpu
+def test_no_answer_is_longer_than_the_server_lets_it_be(served: Process) -> None:
+    """--predict 4, whatever is asked for, in every family; and what it has at its disposal is told at the start."""
+    told = next(line for line in served.lines().splitlines() if "the cache holds" in line)
+    assert "tiny: 4 conversations at once, of up to 512 tokens; the cache holds 2048 tokens" in told
+    for path, body in GOOD.items():
+        for asked in ({}, {"max_tokens": 50, "n_predict": 50, "max_output_tokens": 50, "options": {"num_predict": 50}}):
+            known = {name: value for name, value in asked.items() if name in LENGTHS[path]}
+            answer = httpx.post(f"{served.address}{path}", json={**body, **known}, timeout=60).json()
+            usage = answer.get("usage", answer)
+            counts = [usage[name] for name in COUNTS if name in usage]
+            assert len(counts) == 1, answer
+            assert 1 <= counts[0] <= 4, answer
 
 
 @pytest.mark.cpu
