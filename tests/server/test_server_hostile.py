@@ -50,6 +50,11 @@ def test_numbers_are_numbers(server: Server, path: str, value: object) -> None:
     assert not server.engine.asked
 
 
+def test_how_long_a_model_stays_is_a_number_or_a_text(server: Server) -> None:
+    for value, status in ((False, 400), (0, 200), ("5m", 200), ([1], 400)):
+        assert server.post("/api/chat", **GOOD["/api/chat"], keep_alive=value).status_code == status
+
+
 @pytest.mark.parametrize("path", GOOD)
 @pytest.mark.parametrize("value", ["yes", "true", 1, 0, [True]])
 def test_switches_are_true_or_false(server: Server, path: str, value: object) -> None:

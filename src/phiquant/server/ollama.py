@@ -58,7 +58,7 @@ class OllamaBody(Body):
     stream: Switch | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: OllamaOptions | None = None
-    keep_alive: float | Name | None = None
+    keep_alive: Number | Name | None = None
     think: Switch | Name | None = None
     logprobs: Switch | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
@@ -179,7 +179,7 @@ class EmbedBody(Body):
     input: str | list[str]
     truncate: Switch | None = None
     dimensions: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
-    keep_alive: float | Name | None = None
+    keep_alive: Number | Name | None = None
 
 
 class ShowBody(Body):
