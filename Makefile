@@ -25,7 +25,7 @@ EXACT := CMAKE_ARGS="-DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-co
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs arm browser examples fuzz parity interop bench bench-speed bench-types bench-load soak table \
+.PHONY: help demo test slow check docs arm browser examples fuzz parity interop bench bench-speed bench-types bench-load soak table \
 	parity-table clean
 
 help: ## list the targets
@@ -36,6 +36,9 @@ demo: $(VENV)/.ready ## convert, quantize and run the bundled model; a table of 
 
 test: $(VENV)/.ready-tests ## the tests that need neither torch nor llama.cpp
 	$(BIN)/python -m pytest -n auto --dist loadscope
+
+slow: $(VENV)/.ready-tests ## the tests that make test leaves out because they take long
+	$(BIN)/python -m pytest -n auto --dist loadscope -m 'slow and not parity and not interop and not browser'
 
 arm: $(VENV)/.ready-tests ## the AArch64 kernels, cross-compiled, under qemu-user (installs both with apt-get)
 	sh scripts/install_packages.sh

@@ -12,7 +12,7 @@ import pytest
 from phiquant.eval.certify import Borders
 from phiquant.eval.statistics import Divergence
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,7 +26,7 @@ from phiquant.kernels.feedback import SUPPORTED, factorize, feedback_rows
 from phiquant.quants import dequantize
 from phiquant.text import Tokenizer
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
 TOKENS = 1024

@@ -23,7 +23,7 @@ from phiquant.convert.source import Source, open_source
 from phiquant.errors import RequestError
 from phiquant.gguf import GGMLType
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
 

@@ -12,7 +12,7 @@ from phiquant.convert.source import open_source
 from phiquant.convert.weighing import Calibrated
 from phiquant.eval import divergence
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
 MOST_LEFT = 0.55  # of what importance leaves; 0.45 for Q4_K_M and 0.35 for Q3_K_M when this was written

@@ -58,7 +58,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["inspect"], "no model is named"),
         (["inspect", "a.gguf", "-hf", "org/name"], "two models"),
         (["perplexity", "-hf", "org/name", "-m", "b.gguf"], "two models"),
-        (["split", "a.gguf"], "missing argument"),
+        (["split", "a.gguf"], "instead of IN and OUT"),
     ],
 )
 def test_wrong_usage_is_a_sentence_and_status_2(

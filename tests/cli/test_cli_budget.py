@@ -14,8 +14,10 @@ from phiquant.cli.mixes import DEFAULT_TOKENS
 from phiquant.convert import convert
 from phiquant.gguf import GGMLType, GGUFFile, keys, open_model
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
-FEW = ["--sensitivity-tokens", "128", "-q"]
+FEW = ["--sensitivity-tokens", "128", "-q", "--no-measure"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_a_checkpoint_for_a_size_and_again_from_the_plan(
     short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    common = ["--calibrate", str(short), *FEW]
+    common = ["--calibrate", str(short), "--method", "imatrix", *FEW]
     assert run(["quantize", "--budget", "8MB", "--save-plan", "mix.toml", *common, str(TINY), "mix.gguf"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mix.gguf", "mix.toml"]
     size = Path("mix.gguf").stat().st_size
@@ -61,7 +63,8 @@ def test_a_checkpoint_for_a_size_and_again_from_the_plan(
     with LLM.load("mix.gguf", context=64) as llm:
         assert llm.generate("Once upon a time", max_tokens=4).text
 
-    again = ["quantize", "--plan", "mix.toml", "--calibrate", str(short), "-q", str(TINY)]
+    read = ["--calibrate", str(short), "-q", "--no-measure"]
+    again = ["quantize", "--plan", "mix.toml", "--method", "imatrix", *read, str(TINY)]
     assert run([*again, "again.gguf"]) == 0
     assert run(["verify", "again.gguf", "-q"]) == 0
     with GGUFFile.open("mix.gguf") as one, GGUFFile.open("again.gguf") as two:
@@ -74,8 +77,10 @@ def test_a_checkpoint_for_a_size_and_again_from_the_plan(
     edited = text.replace(f'"blk.3.ffn_down.weight" = "{kind}"', '"blk.3.ffn_down.weight" = "q8_0"')
     assert edited != text
     Path("mine.toml").write_text(edited, "utf-8")
-    assert run(["quantize", "--plan", "mine.toml", "--calibrate", str(short), "-q", str(TINY)]) == 0
+    assert run(["quantize", "--plan", "mine.toml", *read, str(TINY)]) == 0
     (named,) = tmp_path.glob("*-mine.gguf")
+    with GGUFFile.open(named) as file:
+        assert file.require(keys.QUANTIZE_METHOD, str) == "feedback"
     assert types_of(named) == {**types, "blk.3.ffn_down.weight": GGMLType.Q8_0}
     capsys.readouterr()
     Path("mine.toml").write_text(text.replace("blk.3.ffn_down", "blk.33.ffn_down"), "utf-8")
@@ -147,7 +152,7 @@ def test_what_is_refused_before_the_work(
     if what == "OUT":
         arguments, what = [str(whole), str(whole)], "is also an input"
     calibrate = ["--calibrate", str(short)] if "--budget" in options else []
-    assert run(["quantize", "-q", *options, *calibrate, *arguments]) == 1
+    assert run(["quantize", "-q", "--no-measure", *options, *calibrate, *arguments]) == 1
     error = capsys.readouterr().err
     assert re.search(what, error), error
     assert error.count("\n") == 1

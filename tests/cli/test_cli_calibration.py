@@ -13,6 +13,8 @@ from phiquant.convert.imatrix import read
 from phiquant.errors import RequestError
 from phiquant.gguf import GGUFFile
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
 TEXT = TINY / "calibration.txt"
 

@@ -31,7 +31,7 @@ TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
 PAGE = TINY / "page.txt"
 CALIBRATION = TINY / "calibration.txt"
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from phiquant.convert.parts import Division
 from phiquant.convert.plan import Plan
 from phiquant.errors import OutputError, WeightsError
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 TINY = Path(__file__).parents[2] / "models" / "phi3-tiny"
 PROGRAM = """

@@ -167,6 +167,7 @@ def test_it_equals_the_formula(
         np.testing.assert_allclose(result, case.formula(i), rtol=0, atol=5e-6 * max(1.0, spread))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_size", "kind"),
     [

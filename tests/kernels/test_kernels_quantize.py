@@ -90,6 +90,7 @@ def test_bytes_equal_the_reference(type, with_importance):
         assert np.array_equal(found, quants.quantize(x, type, importance)), kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [GGMLType.F16, GGMLType.BF16])
 @pytest.mark.parametrize("type", TYPES)
 def test_other_sources_are_widened_exactly(type, source):

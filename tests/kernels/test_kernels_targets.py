@@ -99,6 +99,7 @@ def case(name_of_target: str) -> tuple[Target, str]:
     return TARGETS[name_of_target]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name_of_target", "name"), EVERY, indirect=["name_of_target"])
 def test_kernels_are_instructions_alone(case: tuple[Target, str], name: str) -> None:
     target, fused = case

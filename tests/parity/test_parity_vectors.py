@@ -9,7 +9,7 @@ import pytest
 
 from phiquant import LLM
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+pytestmark = pytest.mark.cpu
 
 BACKENDS = ("reference", "cpu")  # of the architectures besides Phi-3
 

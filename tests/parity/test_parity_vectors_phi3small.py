@@ -17,7 +17,7 @@ from phiquant.convert.dummies import RELEASED
 
 from .models_phi3small import LAST, MODELS, OTHERS
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+pytestmark = pytest.mark.cpu
 
 in_each = pytest.mark.parametrize("backend", ["reference", "cpu"])
 

@@ -12,7 +12,7 @@ from .conftest import VECTORS, estimated, log_softmax
 from .models_phimoe import KEPT, LENGTH, MODELS, VECTORS_OF, write_checkpoint
 from .routing import chosen_experts
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+pytestmark = pytest.mark.cpu
 
 BACKENDS = ("reference", "cpu")
 

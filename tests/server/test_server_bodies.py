@@ -90,6 +90,7 @@ def check(server: Server, path: str, body: Any) -> int:
     return answer.status_code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_no_body_makes_the_server_fail(server: Server, tokenizer: Tokenizer, path: str) -> None:
     seen: set[int] = set()

@@ -24,7 +24,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 
 from .process import Process
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 EXAMPLES = int(os.environ.get("PHIQUANT_FUZZ", "6"))
 POSTS = [

@@ -63,6 +63,7 @@ def test_switches_are_true_or_false(server: Server, path: str, value: object) ->
     assert "stream" in answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", GOOD)
 @pytest.mark.parametrize(
     ("name", "value"),

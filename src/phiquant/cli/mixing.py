@@ -50,15 +50,16 @@ def budgeted(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    tokens: int | None = None,
+    tokens: Callable[[], int | None] = lambda: None,
     quantizer: Quantizer | None = None,
     threads: int = 0,
     quiet: bool = False,
 ) -> tuple[Choice, Importance] | None:
     """The best mix for a budget, and the importance by which it was found; None if that was only to be shown.
 
-    `text`, or its first `tokens`, is read to measure, and for importance if none is `given`; `quantizer` None: the
-    usual one. Errors as for `Calibration`, `find_mix` and what `sources` makes.
+    `text` is read to measure, and for importance if none is `given`, then so many of its `tokens` as are told once all
+    else makes sense; None for all. `quantizer` None: the usual one. Errors as for `Calibration`, `find_mix` and what
+    `sources` makes.
     """
     assert options.budget is not None
     used = quantizer or partial(quantized, threads=threads)
@@ -72,10 +73,11 @@ def budgeted(
         check_space(plan.path, plan.size)
     if options.save_plan is not None:
         OutputFile(options.save_plan, overwrite=True, protect=[*source.files, text])
+    most = tokens()
     with ExitStack() as stack:
         model = original.path()
         importance = given or calibrated_importance(
-            original, text, include=include, exclude=exclude, tokens=tokens, threads=threads, quiet=quiet
+            original, text, include=include, exclude=exclude, tokens=most, threads=threads, quiet=quiet
         )
         stored = stack.enter_context(open_source(model)) if model != source.files[0] else source
         menu = Menu.of(stored, sources(stored), recipe, importance, allowed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,9 +84,13 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
             plan = replace(plan, path=path, quality=None if text is None else text.unknown(source.name))
             return keep_parts(plan, options.division) if options.keep_split else in_parts(plan, options.division)
 
+        @cache
+        def tokens() -> int | None:
+            """So many of the text are not for measuring; None for all. Refuses a text that is too short for both."""
+            return None if text is None else text.check(original.path())
+
         assumed = _assumed(source, options, method)
         if options.mix.wanted:
-            tokens = None if text is None else text.check(original.path())
             found = _mix(original, options, chosen, assumed, plan_of, tokens, parsed.threads)
             if found is None:
                 return 0
@@ -98,8 +103,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
             print_plan(plan)
             return 0
         _check(plan, options, method)
-        tokens = None if text is None else text.check(original.path())
-        statistics, maker = _collected(original, options, method, assumed, parsed.threads, tokens, stack)
+        statistics, maker = _collected(original, options, method, assumed, parsed.threads, tokens(), stack)
         plan = plan_of(choice, statistics)
         with ConversionBar(quiet=options.quiet) as bar:
 
@@ -202,17 +206,20 @@ def _mix(
     recipe: Options,
     assumed: Statistics,
     plan_of: Callable[[Choice, Statistics, Source], Plan],
-    most: int | None,
+    most: Callable[[], int | None],
     threads: int,
 ) -> tuple[Choice, Statistics] | None:
     """The types of a mix, and what was assumed or is now known; None if it was only to be shown.
 
-    `most`: tokens of the text that may be read, None for all.
+    `most` tells how many tokens of the text may be read, None for all.
     """
     from phiquant.cli import mixing  # loads the engine, which quantizing does without
 
+    calibrated = None if assumed.calibrated is None else replace(assumed.calibrated, needed=False)
+    tried = replace(assumed, calibrated=calibrated)
+
     def planner(of: Source) -> Callable[[Target, Options, Sequence[Entry]], Plan]:
-        return lambda target, recipe, entries: plan_of(Choice(target, recipe, entries), assumed, of)
+        return lambda target, recipe, entries: plan_of(Choice(target, recipe, entries), tried, of)
 
     mix = options.mix
     if mix.plan is not None:
@@ -227,7 +234,7 @@ def _mix(
         planner,
         include=options.include_weights,
         exclude=options.exclude_weights,
-        tokens=_fewest(options.calibration_tokens, most),
+        tokens=lambda: _fewest(options.calibration_tokens, most()),
         threads=threads,
         quiet=options.quiet,
     )

@@ -72,7 +72,8 @@ class Importance:
 class Calibrated:
     """That weights are made of what a model computes on a text: which, and what the file says of it.
 
-    `origin`: the text; `include`, `exclude`: parts of names as for `Importance.chosen`; `remarks`: for the user.
+    `origin`: the text; `include`, `exclude`: parts of names as for `Importance.chosen`; `remarks`: for the user;
+    `needed`: that it changes nothing is an error, but not while types are still to be chosen.
     """
 
     origin: str
@@ -80,6 +81,7 @@ class Calibrated:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    needed: bool = True
 
     def wanted(self, name: str) -> bool:
         """Whether a weight of this name is: one of a block, or the output, if it is chosen."""
@@ -93,7 +95,7 @@ class Calibrated:
 def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) -> tuple[list[PlannedTensor], list[str]]:
     """Mark the weights of a plan that are quantized and wanted, and say what the user should know of it.
 
-    RequestError if calibration changes none of them.
+    RequestError if calibration is `needed` and changes none of them.
     """
     if calibrated.include and calibrated.exclude:
         raise RequestError("--include-weights and --exclude-weights cannot be used together.")
@@ -106,7 +108,8 @@ def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) ->
     for tensor in planned:
         changes = tensor.type.is_quantized and tensor.type is not tensor.source
         marked.append(replace(tensor, calibrated=changes and calibrated.wanted(tensor.source_name)))
-    if not any(t.calibrated and (t.type in SUPPORTED or t.type not in quants.IMPORTANCE_IGNORED) for t in marked):
+    changed = any(t.calibrated and (t.type in SUPPORTED or t.type not in quants.IMPORTANCE_IGNORED) for t in marked)
+    if calibrated.needed and not changed:
         raise RequestError(
             f"--calibrate {calibrated.origin}: no weight of this file would be rounded by it; leave the option out."
         )
