@@ -64,13 +64,13 @@ docs: $(VENV)/.ready ## write docs/cli.md again
 	$(BIN)/python -m phiquant.cli.reference > docs/cli.md
 
 parity: $(PARITY_STAMP) ## compare with transformers (installs $(TORCH) in an environment of its own)
-	PYTHONPATH=src $(PARITY_VENV)/bin/python -m pytest -m parity
+	PYTHONPATH=src $(PARITY_VENV)/bin/python -m pytest -m parity -n auto --dist loadscope
 
 interop: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## compare with llama.cpp (builds it: needs a C++ compiler)
 	PHIQUANT_INTEROP_PYTHON=$(abspath $(INTEROP_VENV))/bin/python \
 	PHIQUANT_LLAMA_CPP_SOURCE=$(abspath $(LLAMA_CPP_SOURCE)) \
 	PHIQUANT_PARITY_PYTHON=$(abspath $(PARITY_VENV))/bin/python \
-	$(BIN)/python -m pytest -m interop
+	$(BIN)/python -m pytest -m interop -n auto --dist loadscope
 
 bench: $(VENV)/.ready-tests $(PARITY_STAMP) $(INTEROP_STAMP) ## measure against llama.cpp on a synthetic Phi-3.5-mini (16 GB of disk)
 	test -e $(SYNTHETIC)/config.json || $(BIN)/python benchmarks/make_synthetic.py $(SYNTHETIC)
