@@ -34,8 +34,9 @@ class Process:
     def lines(self) -> str:
         return self.log.read_text()
 
-    def end(self) -> int:
-        if self.process.poll() is None:
+    def end(self, *, asked: bool = False) -> int:
+        """Its exit status, once it has ended; it was `asked` to end already, and is not asked again on its way out."""
+        if not asked and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(30)

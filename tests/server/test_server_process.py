@@ -303,7 +303,7 @@ def test_what_is_under_way_finishes_when_the_server_is_told_to_end(gguf: Path, t
             process.process.send_signal(signal.SIGTERM)
             rest = list(lines)
     assert rest[-2] == "data: [DONE]"
-    assert process.end() == 0
+    assert process.end(asked=True) == 0
     assert '"completion_tokens": 200' in process.lines()
 
 
@@ -320,7 +320,7 @@ def test_what_is_under_way_is_cancelled_when_there_is_no_time_for_it(gguf: Path,
         rest = "\n".join(lines)
     assert "the server is shutting down" in rest
     assert '"finish_reason":"length"' not in rest
-    assert process.end() == 0
+    assert process.end(asked=True) == 0
     assert "cancelled" in process.lines()
     assert "Traceback" not in process.lines()
 
