@@ -4,7 +4,7 @@
    asked for and mapped where it is there; after the call whatever bytes the kernel changed are sent back, and all pages
    are dropped, since their owner goes on writing to them.
 
-   in:   8 arguments, int64; for each page asked for, its bytes
+   in:   24 arguments, int64; for each page asked for, its bytes
    out:  messages of three uint64: PAGE address 0       asks for a page
                                    CHANGED address n    n bytes follow, which the kernel wrote at the address
                                    DONE 0 0             the kernel has returned
@@ -24,7 +24,8 @@ enum { PAGE, CHANGED, DONE, TAKEN };
 enum { BYTES = 4096 };
 
 typedef int64_t word;
-extern void kernel(word, word, word, word, word, word, word, word);
+extern void kernel(word, word, word, word, word, word, word, word, word, word, word, word,
+                   word, word, word, word, word, word, word, word, word, word, word, word);
 
 struct page {
     struct page *next;
@@ -86,11 +87,12 @@ static void send_changes(const struct page *p)
 int main(void)
 {
     struct sigaction action = {.sa_sigaction = fetch, .sa_flags = SA_SIGINFO};
-    word a[8];
+    word a[24];
     if (sigaction(SIGSEGV, &action, NULL))
         return 3;
     while (receive(a, sizeof a)) {
-        kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
+        kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11],
+               a[12], a[13], a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23]);
         for (struct page *p = pages; p; p = p->next)
             send_changes(p);
         fflush(stdout);

@@ -35,7 +35,7 @@ PROCESSORS = {"i8mm": "max", "neon": "neoverse-n1"}
 
 _COMPILER, _QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 _ORIGIN = "0x100000000000"  # where the harness itself lies: far from whatever a Linux process of 47 bits has
-_ARGUMENTS = 8
+_ARGUMENTS = 24  # of any kernel, at most
 _PAGE, _CHANGED, _DONE, _TAKEN = range(4)
 _MESSAGE = struct.Struct("<3Q")
 _BYTES = 4096
