@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from phiquant.calibrate import Calibration, Feedback, MomentsFile, feedback_entries
+from phiquant.calibrate.chunks import DEFAULT_TOKENS
 from phiquant.cli.notices import Notices
 from phiquant.cli.original import Original
 from phiquant.cli.reading import ReadingBar, text_of
@@ -16,7 +17,7 @@ from phiquant.convert.source import Source
 from phiquant.convert.weighing import Calibrated
 from phiquant.errors import RequestError
 
-__all__ = ["assumed_calibration", "assumed_importance", "calibrated_importance", "feedback"]
+__all__ = ["DEFAULT_TOKENS", "assumed_calibration", "assumed_importance", "calibrated_importance", "feedback"]
 
 
 def calibrated_importance(

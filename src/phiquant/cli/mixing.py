@@ -11,7 +11,7 @@ from typing import Final, Self, TextIO
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
 
 from phiquant.calibrate.budget import Menu, Planner, mix_entries, room_for
@@ -25,7 +25,7 @@ from phiquant.cli.calibration import assumed_importance, calibrated_importance
 from phiquant.cli.mixes import Choice, MixOptions
 from phiquant.cli.notices import Notices
 from phiquant.cli.original import Original
-from phiquant.cli.reading import text_of
+from phiquant.cli.reading import reading_progress, text_of
 from phiquant.convert import Importance, Options, Plan
 from phiquant.convert.source import Source, open_source
 from phiquant.errors import RequestError
@@ -169,17 +169,7 @@ class _StageBar:
 
     def __init__(self, tokens: int, *, quiet: bool) -> None:
         self._tokens = tokens
-        console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", markup=False),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
+        self._bar = reading_progress(quiet=quiet)
         self._tasks: dict[str, tuple[TaskID, float]] = {}
 
     def advanced(self, what: str, done: int, total: int) -> None:

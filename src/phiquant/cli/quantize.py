@@ -15,7 +15,6 @@ from phiquant.cli.models import fetched, source_of
 from phiquant.cli.notices import Notices
 from phiquant.cli.original import Original
 from phiquant.cli.quantize_options import (
-    DEFAULT_TOKENS,
     QuantizeOptions,
     check_mix,
     method_of,
@@ -284,7 +283,9 @@ def _collected(
             quiet=options.quiet,
         )
         return Statistics(importance), None
-    tokens = _fewest(DEFAULT_TOKENS if options.calibration_tokens is None else options.calibration_tokens, most)
+    tokens = _fewest(
+        calibration.DEFAULT_TOKENS if options.calibration_tokens is None else options.calibration_tokens, most
+    )
     assert tokens is not None
     calibrated, maker = stack.enter_context(
         calibration.feedback(

@@ -10,11 +10,9 @@ from phiquant.convert import Target, parse_file_type
 from phiquant.convert.parts import WHOLE, Division
 from phiquant.errors import RequestError, TypeNameError
 
-__all__ = ["DEFAULT_TOKENS", "METHODS", "Arguments", "QuantizeOptions", "check_mix", "method_of", "parse_arguments"]
+__all__ = ["METHODS", "Arguments", "QuantizeOptions", "check_mix", "method_of", "parse_arguments"]
 
 METHODS: Final = ("feedback", "imatrix", "plain")
-DEFAULT_TOKENS: Final = 16_384
-"""Tokens of a text that error feedback reads, if it has as many."""
 
 
 @dataclass(frozen=True)

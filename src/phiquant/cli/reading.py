@@ -10,7 +10,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from phiquant.errors import RequestError
 
-__all__ = ["ReadingBar", "text_of"]
+__all__ = ["ReadingBar", "reading_progress", "text_of"]
+
+
+def reading_progress(*, quiet: bool) -> Progress:
+    """A bar on stderr, not started: what is going on, how far it is, the task's field `rate`, the time left.
+
+    Nothing is shown if `quiet`, or if stderr is no terminal.
+    """
+    console = Console(stderr=True, highlight=False)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
 
 
 class ReadingBar:
@@ -25,17 +43,7 @@ class ReadingBar:
 
     def __init__(self, what: str, window: int, *, quiet: bool) -> None:
         self._what, self._window = what, window
-        console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", markup=False),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
+        self._bar = reading_progress(quiet=quiet)
         self._task: TaskID | None = None
         self._begin = time.perf_counter()
 
