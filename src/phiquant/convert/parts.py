@@ -1,10 +1,12 @@
 """The files of an output: one, or the parts of a split model; and plans that only divide or join."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phiquant.convert.entries import Entry
 from phiquant.convert.filetypes import COPY
+from phiquant.convert.overrides import apply_overrides
 from phiquant.convert.plan import Plan, padded
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.convert.source import GGUFSource
@@ -12,7 +14,7 @@ from phiquant.errors import RequestError
 from phiquant.gguf.quality import Quality
 from phiquant.gguf.split import MAX_PARTS, divide, part_path, split_name
 
-__all__ = ["WHOLE", "Division", "in_parts", "keep_parts", "plan_merge", "plan_recorded", "plan_split"]
+__all__ = ["WHOLE", "Division", "in_parts", "keep_parts", "plan_merge", "plan_recorded", "plan_split", "plan_tuned"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,23 @@ def plan_merge(source: GGUFSource, path: Path) -> Plan:
 def plan_recorded(source: GGUFSource, path: Path | None, quality: Quality) -> Plan:
     """Plan a copy of a model with a quality in its metadata: at `path`, or in the place of the source, in its parts."""
     plan = replace(_copy(source, path or source.files[0]), quality=quality, in_place=path is None)
+    return keep_parts(plan) if len(source.part_sizes) > 1 else plan
+
+
+def plan_tuned(source: GGUFSource, names: Container[str], entries: Iterable[Entry], quality: Quality | None) -> Plan:
+    """Plan a model in the place of the source, in its parts, of which a `Maker` makes the tensors with these names.
+
+    `entries`: are added to the metadata; `quality`: that there will be such figures, or that there are none.
+    """
+    plan = _copy(source, source.files[0])
+    plan = replace(
+        plan,
+        tensors=[replace(tensor, calibrated=tensor.name in names) for tensor in plan.tensors],
+        entries=apply_overrides(plan.entries, entries),
+        copied=False,
+        quality=quality,
+        in_place=True,
+    )
     return keep_parts(plan) if len(source.part_sizes) > 1 else plan
 
 

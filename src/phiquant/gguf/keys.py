@@ -73,6 +73,10 @@ QUANTIZE_TOKENS: Final = "phiquant.quantize.tokens"
 QUANTIZE_DATASET: Final = "phiquant.quantize.dataset"
 QUANTIZE_DATASET_HASH: Final = "phiquant.quantize.dataset_hash"
 QUANTIZE_STATISTICS: Final = "phiquant.quantize.statistics"
+DISTILL_EPOCHS: Final = "phiquant.quantize.distilled.epochs"
+DISTILL_TOKENS: Final = "phiquant.quantize.distilled.tokens"
+DISTILL_KL_BEFORE: Final = "phiquant.quantize.distilled.kl_before"
+DISTILL_KL_AFTER: Final = "phiquant.quantize.distilled.kl_after"
 
 # files of statistics: of which model, which of its weights share an entry, and the text
 STATISTICS_MODEL: Final = "phiquant.statistics.model"
