@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from architectures import CONFIGS
 from numpy.typing import NDArray
 
-from phiquant.arch import Config, LlamaConfig, Phi2Config, Phi3Config, Phi3SmallConfig, PhiMoEConfig
+from phiquant.arch import Config
 from phiquant.calibrate import stream as stream_module
 from phiquant.calibrate.chunks import Chunks
 from phiquant.calibrate.moments import FLOOR, Moments
@@ -19,72 +20,6 @@ from phiquant.kernels.cpu.backend import CpuBackend
 from phiquant.kernels.ops import Weight
 from phiquant.model import Rope, record
 
-SHARED = {
-    "name": "test",
-    "vocab_size": 100,
-    "context_length": 1024,
-    "embedding_length": 64,
-    "feed_forward_length": 96,
-    "block_count": 2,
-    "head_count": 4,
-    "head_count_kv": 2,
-    "head_size": 16,
-    "rope_freq_base": 10000.0,
-}
-LONG = {"original_context_length": 1024, "rope_factors_short": None, "rope_factors_long": None}
-CONFIGS: dict[str, Config] = {
-    "phi2": Phi2Config(**SHARED, rope_dimension_count=6, norm_epsilon=1e-5, fused=False),  # type: ignore[arg-type]
-    "phi3": Phi3Config(  # type: ignore[arg-type]
-        **SHARED,
-        **LONG,
-        rope_dimension_count=12,
-        rms_epsilon=1e-5,
-        sliding_window=5,
-        rope_attention_factor=1.0,
-        tied=False,
-    ),
-    "phi3small": Phi3SmallConfig(  # type: ignore[arg-type]
-        **SHARED,
-        **LONG,
-        norm_epsilon=1e-5,
-        embedding_scale=10.0,
-        attention_scale=1 / 16,
-        logit_scale=1 / 8,
-        gate_limit=20.0,
-        sparse_layers=(True, False),
-        sparse_block_size=64,
-        sparse_local_blocks=16,
-        sparse_vertical_stride=8,
-        rope_attention_factor_short=1.0,
-        rope_attention_factor_long=1.0,
-    ),
-    "phimoe": PhiMoEConfig(  # type: ignore[arg-type]
-        **SHARED,
-        **LONG,
-        expert_count=5,
-        rope_dimension_count=16,
-        norm_epsilon=1e-5,
-        sliding_window=0,
-        router_jitter=0.05,
-        rope_attention_factor_short=1.25,
-        rope_attention_factor_long=1.5,
-        fused_qkv=False,
-        attention_bias=True,
-        output_bias=True,
-    ),
-    "llama": LlamaConfig(  # type: ignore[arg-type]
-        **SHARED,
-        **LONG,
-        rms_epsilon=1e-5,
-        sliding_window=0,
-        rope_attention_factor=1.0,
-        tied=False,
-        fused=False,
-        qkv_bias=False,
-        output_bias=False,
-        ffn_bias=False,
-    ),
-}
 CONTEXT, CHUNKS = 24, 5
 
 
