@@ -16,6 +16,7 @@ from phiquant.cli.notices import Notices
 from phiquant.cli.original import Original
 from phiquant.cli.quantize_options import (
     QuantizeOptions,
+    check_distill,
     check_mix,
     method_of,
     parse_arguments,
@@ -55,6 +56,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
     overrides = [parse_override(text) for text in options.override_kv]
     method = method_of(options)
     check_mix(options, method)
+    check_distill(options)
     prune = parse_layers(options.prune_layers) if options.prune_layers is not None else ()
     if repository is None:
         model: str | Path = source_of(parsed.model, quiet=options.quiet)
@@ -72,7 +74,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 choice.target,
                 parsed.outfile,
                 choice.recipe,
-                overrides=[*overrides, *choice.entries],
+                overrides=[*overrides, *choice.entries, *_added(options)],
                 allow_requantize=options.allow_requantize,
                 importance=statistics.importance,
                 calibrated=statistics.calibrated,
@@ -125,9 +127,38 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 progress=bar,
                 maker=maker,
             )
+        said = None
+        if options.distill:
+            from phiquant.cli import distilling
+
+            assert options.calibrate is not None
+            report, found = distilling.distilled(
+                report,
+                original.path(),
+                options.calibrate,
+                tokens=options.distill_tokens,
+                most=tokens(),
+                epochs=options.distill_epochs,
+                threads=parsed.threads,
+                unknown=plan.quality,
+                measure=None if text is None else measure,
+                quiet=options.quiet,
+            )
+            said = distilling.sentence(found)
     if not options.quiet:
         print_report(report)
+        if said is not None:
+            print(said)
     return 0
+
+
+def _added(options: QuantizeOptions) -> list[Entry]:
+    """Of a dry run, the metadata that comes when the file is made."""
+    if not (options.distill and options.dry_run):
+        return []
+    from phiquant.cli import distilling
+
+    return distilling.expected_entries()
 
 
 def _mix_path(plan: Plan, outfile: Path | None, mix: MixOptions) -> Path:
@@ -254,7 +285,7 @@ def _check(plan: Plan, options: QuantizeOptions, method: str) -> None:
             f"--calibrate {options.calibrate}: no type of {plan.path.name} depends on importance; leave the option out."
         )
     if method == "feedback" or options.calibrate is not None or plan.quality is not None:
-        check_space(plan.path, plan.size)
+        check_space(plan.path, plan.size * (2 if options.distill else 1))
 
 
 def _collected(

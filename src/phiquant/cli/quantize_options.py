@@ -10,7 +10,7 @@ from phiquant.convert import Target, parse_file_type
 from phiquant.convert.parts import WHOLE, Division
 from phiquant.errors import RequestError, TypeNameError
 
-__all__ = ["METHODS", "Arguments", "QuantizeOptions", "check_mix", "method_of", "parse_arguments"]
+__all__ = ["METHODS", "Arguments", "QuantizeOptions", "check_distill", "check_mix", "method_of", "parse_arguments"]
 
 METHODS: Final = ("feedback", "imatrix", "plain")
 
@@ -39,6 +39,9 @@ class QuantizeOptions:
     method: str | None = None
     calibration_tokens: int | None = None
     statistics: Path | None = None
+    distill: bool = False
+    distill_epochs: int | None = None
+    distill_tokens: int | None = None
     measure: bool = True
     measure_text: Path | None = None
     include_weights: Sequence[str] = ()
@@ -142,3 +145,18 @@ def check_mix(options: QuantizeOptions, method: str) -> None:
             raise RequestError("--budget weighs by importance, and --method plain does without; choose another method.")
         if options.dry_run:
             raise RequestError("--dry-run measures nothing, and --budget has to; use --plan-only to see the mix.")
+
+
+def check_distill(options: QuantizeOptions) -> None:
+    """Before anything is read: what the options say of a distillation makes sense."""
+    if not options.distill:
+        for name, given in (("epochs", options.distill_epochs), ("tokens", options.distill_tokens)):
+            if given is not None:
+                raise RequestError(f"--distill-{name} is for a distillation; ask for one with --distill.")
+        return
+    if options.calibrate is None:
+        raise RequestError("--distill needs a text that the model reads; give one with --calibrate TEXT.")
+    if options.prune_layers is not None:
+        raise RequestError(
+            "--distill compares with the whole model, which --prune-layers makes another one; leave one of them out."
+        )

@@ -124,6 +124,27 @@ def quantize(
             help="Read at most so many tokens of the text; 16384 by default, and all for an importance matrix.",
         ),
     ] = None,
+    distill: Annotated[
+        bool,
+        Option(
+            "--distill",
+            help="Then tune the scales of the blocks and the norms for the original's predictions of the text; "
+            "kept if it pays on the part of the text that is held out.",
+        ),
+    ] = False,
+    distill_epochs: Annotated[
+        int | None,
+        Option("--distill-epochs", metavar="N", min=1, help="How often that goes through the text; 2 by default."),
+    ] = None,
+    distill_tokens: Annotated[
+        int | None,
+        Option(
+            "--distill-tokens",
+            metavar="N",
+            min=1,
+            help="Read at most so many tokens of the text for it; 61440 by default.",
+        ),
+    ] = None,
     statistics: Annotated[
         Path | None,
         Option(
@@ -224,6 +245,9 @@ def quantize(
         calibrate=calibrate,
         method=method,
         calibration_tokens=calibration_tokens,
+        distill=distill,
+        distill_epochs=distill_epochs,
+        distill_tokens=distill_tokens,
         statistics=statistics,
         measure=measure,
         measure_text=measure_text,
