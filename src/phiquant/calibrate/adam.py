@@ -18,12 +18,16 @@ Floats = NDArray[np.float32]
 class Adam:
     """Changes arrays, by name, in place.
 
+    Args:
+        values: the arrays.
+        sizes: of a step of each, in units of the rate.
+
     Attributes:
         count: steps that were taken.
     """
 
-    def __init__(self, values: Mapping[str, Floats]) -> None:
-        self._values = values
+    def __init__(self, values: Mapping[str, Floats], sizes: Mapping[str, float]) -> None:
+        self._values, self._sizes = values, sizes
         self._first = {name: np.zeros_like(value) for name, value in values.items()}
         self._second = {name: np.zeros_like(value) for name, value in values.items()}
         self.count = 0
@@ -36,5 +40,5 @@ class Adam:
             gradient, first, second = gradients[name], self._first[name], self._second[name]
             first += (1 - _FIRST) * (gradient - first)
             second += (1 - _SECOND) * (gradient * gradient - second)
-            value -= rate * first / (np.sqrt(second) + _EPSILON)
+            value -= rate * self._sizes[name] * first / (np.sqrt(second) + _EPSILON)
             gradient[...] = 0

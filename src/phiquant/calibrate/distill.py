@@ -28,7 +28,6 @@ from phiquant import arch
 from phiquant.calibrate.adam import Adam
 from phiquant.calibrate.attending import Attending
 from phiquant.calibrate.chunks import Chunks
-from phiquant.calibrate.held_out import held_out
 from phiquant.calibrate.network import Network, divergence
 from phiquant.calibrate.stages import Stages
 from phiquant.calibrate.stream import Stream
@@ -43,21 +42,25 @@ from phiquant.errors import RequestError, WeightsError
 from phiquant.gguf import GGUFFile, keys, open_model
 from phiquant.gguf.quality import Quality
 from phiquant.kernels.dequantize import dequantize_rows
+from phiquant.kernels.ops import Weight
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
 from phiquant.text import Tokenizer
 
-__all__ = ["DEFAULT_EPOCHS", "DEFAULT_TOKENS", "Distillation", "Distilled"]
+__all__ = ["DEFAULT_EPOCHS", "DEFAULT_TOKENS", "Distillation", "Distilled", "learnt_chunks"]
 
 DEFAULT_EPOCHS: Final = 2
 DEFAULT_TOKENS: Final = 61_440
 """Tokens of a text that are read, if it has as many."""
 
-RATE: Final = 3e-4
-"""Largest relative change of one step, at first; it falls to 0 as half a cosine."""
+RATE: Final = 0.01
+"""Of the first steps, as a part of how far off values are (see `Tuned.sizes`); it falls to 0 as half a cosine."""
 
 _LOGITS: Final = 1 << 25  # of a batch, if a chunk has not more: 128 MB in float32
 _BATCH: Final = 4  # chunks of a batch at most
+
+_SHARE: Final = 10  # one chunk in so many is held out
+_LEAST: Final = 2  # chunks that are held out, and those that are not
 
 Array = NDArray[Any]
 Read = Callable[[int, int, str], None]
@@ -141,7 +144,7 @@ class Distillation:
             tokenizer = Tokenizer.from_gguf(self._original)
             self._chunks = chunks = Chunks.of(text, tokenizer, dataset, tokens=tokens, context=context)
             self.remarks = chunks.remarks
-            self._learnt = held_out(chunks.tokens, chunks.context)[0]
+            self._learnt = learnt_chunks(chunks)
             teacher, student = _cut(self._original), _cut(self._rounded)
             if _measure(teacher) != _measure(student):
                 raise RequestError(f"{rounded} was not made of {original}: they have not the same blocks and tokens.")
@@ -151,7 +154,7 @@ class Distillation:
             self._teacher = teacher
             self._teaching = Network(teacher, Tuned({}, tune=False), Attending(teacher.program.attention, *turning))
             self._tuned = Tuned(load_weights(self._rounded, arch.load(self._rounded)))
-            if not self._tuned.changes:
+            if not self._tuned.matrices:
                 raise RequestError(f"{rounded} has no scales that could be tuned; leave out --distill.")
             self._network = Network(student, self._tuned, Attending(student.program.attention, *turning))
             self._batch = max(1, min(_BATCH, _LOGITS // (chunks.context * student.program.vocab_size)))
@@ -177,7 +180,7 @@ class Distillation:
         before = after = self._divergence(rows, advanced)
         best, kept = 0, {name: change.copy() for name, change in self._tuned.changes.items()}
         found = f"KL divergence {before:.6f}"
-        descent, random = Adam(self._tuned.changes), np.random.default_rng(0)
+        descent, random = Adam(self._tuned.changes, self._tuned.sizes), np.random.default_rng(0)
         count = -(-self._learnt // self._batch) * epochs
         for epoch in range(epochs):
             for batch in self._batches(random.permutation(self._learnt)):
@@ -196,6 +199,10 @@ class Distillation:
             self._tuned.changes[name][...] = change
         return Distilled(before, after, best, self._learnt * chunks.context)
 
+    def tuned(self, name: str) -> Weight:
+        """A weight of the model as it is now."""
+        return self._tuned.weight(name)
+
     def plan(self, source: GGUFSource, distilled: Distilled, quality: Quality | None = None) -> Plan:
         """What `execute` needs, with this as its maker, to put the tuned model in the place of `source`."""
         return plan_tuned(source, self._tuned.changes, distilled.entries, quality)
@@ -204,7 +211,7 @@ class Distillation:
         """See `Maker`."""
         for tensor in plan.tensors:
             if tensor.calibrated and tensor.name not in done:
-                output.write_whole(tensor, self._tuned.weight(tensor.source_name).data)
+                output.write_whole(tensor, self.tuned(tensor.source_name).data)
                 if progress is not None:
                     progress.advanced(tensor.source_bytes, tensor.name)
 
@@ -259,6 +266,18 @@ class Distillation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def learnt_chunks(chunks: Chunks) -> int:
+    """How many of the chunks are learnt from; those after them are held out. RequestError if there are too few."""
+    count = len(chunks.ids)
+    if count < 2 * _LEAST:
+        raise RequestError(
+            f"{chunks.tokens} tokens of {chunks.dataset} are for distillation, and it needs at least "
+            f"{2 * _LEAST * chunks.context}: two chunks of {chunks.context} to learn from, and two that are held out; "
+            "give a longer text"
+        )
+    return count - max(_LEAST, (count + _SHARE // 2) // _SHARE)
 
 
 def _cut(gguf: GGUFFile) -> Stages:

@@ -57,6 +57,25 @@ class Tuned:
         """How many numbers are tuned."""
         return sum(change.size for change in self.changes.values())
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """How far off values are as they were rounded, as a part of themselves: 2^-b of b bits each; by name.
+
+        Vectors, which are exact, make up for the matrices: theirs is the geometric mean.
+        """
+        sizes = {name: 2.0 ** -_bits(self._weights[name]) for name in self.changes if self._is_matrix(name)}
+        numbers = [self.changes[name].size for name in sizes]
+        mean = float(np.exp(np.average(np.log(list(sizes.values())), weights=numbers))) if sizes else 1.0
+        return {name: sizes.get(name, mean) for name in self.changes}
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices have scales that are tuned."""
+        return sum(self._is_matrix(name) for name in self.changes)
+
+    def _is_matrix(self, name: str) -> bool:
+        return len(self._weights[name].shape) > 1
+
     def rows(self, weight: Weight, matrix: int = 0) -> Iterator[tuple[slice, Array]]:
         """Parts of a matrix (of one expert's), widened: which rows they are, and the values [rows, columns]."""
         for part, data, blocks in _parts(weight, matrix):
@@ -130,6 +149,10 @@ def _parts(weight: Weight, matrix: int) -> Iterator[tuple[slice, NDArray[np.uint
     for start in range(0, weight.rows, step):
         stop = min(start + step, weight.rows)
         yield slice(start, stop), data[start:stop], slice((first + start) * per_row, (first + stop) * per_row)
+
+
+def _bits(weight: Weight) -> float:
+    return 8 * weight.type.block_bytes / weight.type.block_elements
 
 
 def _blocks(weight: Weight) -> int:

@@ -4,21 +4,40 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from phiquant.calibrate.distill import DEFAULT_EPOCHS, DEFAULT_TOKENS, Distillation, Distilled
+from phiquant.calibrate.chunks import Chunks
+from phiquant.calibrate.distill import DEFAULT_EPOCHS, DEFAULT_TOKENS, Distillation, Distilled, learnt_chunks
+from phiquant.calibrate.scale_fields import scale_fields
 from phiquant.cli.conversion import ConversionBar
 from phiquant.cli.notices import Notices
 from phiquant.cli.reading import ReadingBar, text_of
 from phiquant.convert.entries import Entry
+from phiquant.convert.plan import Plan
 from phiquant.convert.run import Report, execute
 from phiquant.convert.source import GGUFSource
+from phiquant.errors import RequestError
+from phiquant.gguf import open_model
 from phiquant.gguf.quality import Quality
+from phiquant.text import Tokenizer
 
-__all__ = ["distilled", "expected_entries", "sentence"]
+__all__ = ["check", "distilled", "expected_entries", "sentence"]
 
 
 def expected_entries() -> list[Entry]:
     """For a dry run: as many bytes as the output will have of them."""
     return Distilled(0, 0, 0, 0).entries
+
+
+def check(plan: Plan, original: Path, text: Path, *, tokens: int | None = None, most: int | None = None) -> None:
+    """Whatever would be refused after rounding is refused before; the arguments are those of `distilled`."""
+    if not any(scale_fields(tensor.type) for tensor in plan.tensors):
+        raise RequestError(f"{plan.path} will have no scales that could be tuned; leave out --distill.")
+    with open_model(original) as opened:
+        tokenizer = Tokenizer.from_gguf(opened)
+    learnt_chunks(Chunks.of(text_of(text), tokenizer, str(text), tokens=_fewest(tokens, most)))
+
+
+def _fewest(tokens: int | None, most: int | None) -> int:
+    return min(n for n in (tokens or DEFAULT_TOKENS, most) if n is not None)
 
 
 def distilled(
@@ -57,7 +76,7 @@ def distilled(
             path,
             text_of(text),
             dataset=str(text),
-            tokens=min(n for n in (tokens or DEFAULT_TOKENS, most) if n is not None),
+            tokens=_fewest(tokens, most),
             epochs=epochs or DEFAULT_EPOCHS,
             threads=threads,
             tell=notices.progress,

@@ -104,6 +104,11 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
             print_plan(plan)
             return 0
         _check(plan, options, method)
+        if options.distill:
+            from phiquant.cli import distilling
+
+            assert options.calibrate is not None
+            distilling.check(plan, original.path(), options.calibrate, tokens=options.distill_tokens, most=tokens())
         statistics, maker = _collected(original, options, method, assumed, parsed.threads, tokens(), stack)
         plan = plan_of(choice, statistics)
         with ConversionBar(quiet=options.quiet) as bar:
