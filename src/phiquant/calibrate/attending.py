@@ -119,4 +119,5 @@ class Attending:
         head = np.arange(self.shape.heads)[:, None, None]
         q_block, k_block = query // sparse.block, key // sparse.block
         near = q_block - k_block < sparse.local
-        return seen & (near | ((k_block + head + 1) % sparse.stride == 0))
+        mask: NDArray[np.bool_] = seen & (near | ((k_block + head + 1) % sparse.stride == 0))
+        return mask

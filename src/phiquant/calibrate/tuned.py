@@ -81,7 +81,7 @@ class Tuned:
         for part, data, blocks in _parts(weight, matrix):
             yield part, self._widened(weight, data, blocks)
 
-    def some_rows(self, weight: Weight, which: NDArray[np.int64]) -> Array:
+    def some_rows(self, weight: Weight, which: NDArray[np.integer[Any]]) -> Array:
         """Rows of a matrix, widened: [len(which), columns]."""
         data = weight.data.reshape(weight.rows, -1)[which]
         return self._widened(weight, data, _blocks_of_rows(weight, which))
@@ -104,7 +104,7 @@ class Tuned:
         for part, data, blocks in _parts(weight, matrix):
             self._add(weight, data, blocks, by_out[:, part].T @ x)
 
-    def add_some_rows(self, weight: Weight, which: NDArray[np.int64], by_rows: Array) -> None:
+    def add_some_rows(self, weight: Weight, which: NDArray[np.integer[Any]], by_rows: Array) -> None:
         """Take in the derivative of the loss by some rows of a matrix, each at most once."""
         if weight.name in self.changes:
             data = weight.data.reshape(weight.rows, -1)[which]
@@ -159,14 +159,15 @@ def _blocks(weight: Weight) -> int:
     return int(np.prod(weight.shape, dtype=np.int64)) // weight.type.block_elements
 
 
-def _blocks_of_rows(weight: Weight, which: NDArray[np.int64]) -> NDArray[np.int64]:
+def _blocks_of_rows(weight: Weight, which: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     per_row = weight.columns // weight.type.block_elements
     blocks: NDArray[np.int64] = (which[:, None] * per_row + np.arange(per_row)).reshape(-1)
     return blocks
 
 
-def _vector(weight: Weight) -> Array:
-    return dequantize_rows(weight.data, weight.type, 1, weight.columns)[0]
+def _vector(weight: Weight) -> Floats:
+    values: Floats = dequantize_rows(weight.data, weight.type, 1, weight.columns)[0]
+    return values
 
 
 def _unit(weight: Weight, values: Array) -> Array:

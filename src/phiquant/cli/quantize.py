@@ -137,7 +137,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
             from phiquant.cli import distilling
 
             assert options.calibrate is not None
-            report, found = distilling.distilled(
+            report, tuned = distilling.distilled(
                 report,
                 original.path(),
                 options.calibrate,
@@ -149,7 +149,7 @@ def quantize(arguments: Sequence[str], options: QuantizeOptions | None = None, *
                 measure=None if text is None else measure,
                 quiet=options.quiet,
             )
-            said = distilling.sentence(found)
+            said = distilling.sentence(tuned)
     if not options.quiet:
         print_report(report)
         if said is not None:
