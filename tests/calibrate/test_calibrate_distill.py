@@ -18,7 +18,7 @@ from phiquant.gguf import GGUFFile
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 MODEL = Path(__file__).parents[2] / "models" / "phi3-tiny"
-LEAST_GAIN = 0.08  # of the divergence; 0.11 for Q2_K when this was written
+LEAST_GAIN = 0.12  # of the divergence; 0.17 for Q2_K when this was written
 TOKENS = 6144
 
 

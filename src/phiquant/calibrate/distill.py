@@ -50,7 +50,7 @@ from phiquant.text import Tokenizer
 __all__ = ["DEFAULT_EPOCHS", "DEFAULT_TOKENS", "Distillation", "Distilled", "learnt_chunks"]
 
 DEFAULT_EPOCHS: Final = 2
-DEFAULT_TOKENS: Final = 61_440
+DEFAULT_TOKENS: Final = 32_768
 """Tokens of a text that are read, if it has as many."""
 
 RATE: Final = 0.01

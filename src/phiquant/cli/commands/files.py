@@ -142,7 +142,7 @@ def quantize(
             "--distill-tokens",
             metavar="N",
             min=1,
-            help="Read at most so many tokens of the text for it; 61440 by default.",
+            help="Read at most so many tokens of the text for it; 32768 by default.",
         ),
     ] = None,
     statistics: Annotated[
