@@ -2,9 +2,10 @@
 
 The residual stream of a calibration text goes through the model one stage at a time. Within a stage one group of
 matrices after the other is observed (with those before it rounded already), rounded, and written; then the stream goes
-on through the rounded stage. So only one group's moments and one stage's weights are in memory, besides the stream:
+on through the rounded stage. Beside it goes the stream of the model as it is: what the rounded one lacks of it the matrices
+that follow make up for. So only one group's moments and one stage's weights are in memory, besides two streams:
 
-    bytes = 4 tokens width + 4 columns² for the moments, some eight times as much while they are factorized
+    bytes = 8 tokens width + 4 columns² for the moments, some eight times as much while they are factorized
 """
 
 import os
@@ -211,8 +212,9 @@ def _made(
         (moments,) = stream.moments(stage, [group], made)
         return writing.make(group, moments)
     shortfall = stream.shortfall(stage, group, made, whole)
-    targets = shortfall.targets(group.weights, group.names[0])
-    return writing.make(replace(group, weights=targets), shortfall.moments)
+    targets, moments = shortfall.targets(group.weights, group.names[0]), shortfall.moments
+    del shortfall  # four matrices as large as the moments, which the factors take the place of
+    return writing.make(replace(group, weights=targets), moments)
 
 
 class _Writing:
