@@ -57,14 +57,10 @@ def ours(*arguments: object) -> str:
 class Bench:
     """The files of one model, made when they are first asked for, and what was measured of them."""
 
-    def __init__(self, checkpoint: Path, work: Path, tools: Path, calibration: Path, windows: int) -> None:
-        self.name, self.work, self.tools, self.calibration, self.windows = (
-            checkpoint.name,
-            work,
-            tools,
-            calibration,
-            windows,
-        )
+    def __init__(self, checkpoint: Path, work: Path, options: argparse.Namespace) -> None:
+        self.name, self.work = checkpoint.name, work
+        self.tools, self.calibration = options.tools, options.calibration
+        self.windows, self.tokens = options.windows, options.tokens
         self.whole = work / f"{self.name}-F32.gguf"
         if not self.whole.exists():
             ours("convert", "-q", checkpoint, "--outfile", self.whole, "--outtype", "f32")
@@ -78,9 +74,9 @@ class Bench:
             run(self.tools / "llama-quantize", "--imatrix", matrix, self.whole, path, kind)
         return path
 
-    def made(self, kind: str, calibration: Path | None = None, tokens: int = 16384) -> Path:
+    def made(self, kind: str, calibration: Path | None = None, tokens: int | None = None) -> Path:
         """Ours by error feedback."""
-        text = calibration or self.calibration
+        text, tokens = calibration or self.calibration, tokens or self.tokens
         path = self.work / f"{self.name}-{kind}-{text.stem}-{tokens}.gguf"
         if not path.exists():
             read = ("--calibrate", text, "--calibration-tokens", tokens)
@@ -91,7 +87,8 @@ class Bench:
         """Ours of at most that size."""
         path = self.work / f"{self.name}-{kind}-mixed.gguf"
         if not path.exists():
-            ours("quantize", "-q", "--no-measure", "--calibrate", self.calibration, "--budget", size, self.whole, path)
+            read = ("--calibrate", self.calibration, "--calibration-tokens", self.tokens)
+            ours("quantize", "-q", "--no-measure", *read, "--budget", size, self.whole, path)
         return path
 
     def measured(self, path: Path, maker: str, kind: str, name: str, text: Path) -> Row:
@@ -184,6 +181,14 @@ def readings(bench: Bench, texts: dict[str, Path], calibrations: list[Path], kin
                 line(kind, text.stem, f"{tokens:,}", *values)
 
 
+def kept(path: Path, rows: list[Row]) -> list[Row]:
+    """What was measured, with what an earlier run wrote into the file and this one did not measure; all is written."""
+    earlier = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+    by_file = {(row.model, row.text, row.type, row.maker): row for row in [*earlier, *rows]}
+    path.write_text(json.dumps([asdict(row) for row in by_file.values()], indent=1) + "\n")
+    return list(by_file.values())
+
+
 def plot(rows: list[Row], model: str, text: str, path: Path) -> None:
     """Size against divergence of one model on one text."""
     from matplotlib import pyplot
@@ -215,6 +220,7 @@ def main() -> None:
     p.add_argument("--types", default=TYPES)
     p.add_argument("--parts", default="beside,mixes,readings")
     p.add_argument("--windows", type=int, default=40, help=f"of {CONTEXT} tokens, of every text")
+    p.add_argument("--tokens", type=int, default=READ[-1], help="that ours reads of the calibration text")
     p.add_argument("--work", type=Path, help="keep what is made in this folder, and use what is there")
     p.add_argument("--out", type=Path)
     a = p.parse_args()
@@ -224,7 +230,7 @@ def main() -> None:
         work = a.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for checkpoint in a.checkpoints:
-            bench = Bench(checkpoint, work, a.tools, a.calibration, a.windows)
+            bench = Bench(checkpoint, work, a)
             if "beside" in parts:
                 rows += beside(bench, types, texts)
             if "mixes" in parts:
@@ -233,7 +239,7 @@ def main() -> None:
                 readings(bench, texts, [a.calibration, *([a.crossed] if a.crossed else [])], ["Q4_K_M", "Q2_K"])
             if a.out is not None:
                 a.out.mkdir(parents=True, exist_ok=True)
-                (a.out / "quality.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                rows = kept(a.out / "quality.json", rows)
                 for name in texts:
                     plot(rows, bench.name, name, a.out / f"quality-{bench.name}-{name}.svg")
 

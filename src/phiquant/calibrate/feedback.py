@@ -2,13 +2,15 @@
 
 The residual stream of a calibration text goes through the model one stage at a time. Within a stage one group of
 matrices after the other is observed (with those before it rounded already), rounded, and written; then the stream goes
-on through the rounded stage. So only one group's moments and one stage's weights are in memory, besides the stream:
+on through the rounded stage. Beside it goes the stream of the model as it is: what the rounded one lacks of it the matrices
+that follow make up for. So only one group's moments and one stage's weights are in memory, besides two streams:
 
-    bytes = 4 tokens width + 4 columns² for the moments, some eight times as much while they are factorized
+    bytes = 8 tokens width + 4 columns² for the moments, some eight times as much while they are factorized
 """
 
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -143,20 +145,23 @@ class Feedback:
                     writing.make(group, self._statistics.moments(group.names[0], group.matrices, group.x.width))
             return
         saved = SavedStream(plan.path, output.fingerprint) if output.kept else None
-        rows = np.empty((self._chunks.tokens, cut.width), np.float32)
+        rows = np.empty((2, self._chunks.tokens, cut.width), np.float32)
         first = saved.read(rows) if saved is not None else None
         if first is None or not all(writing.is_done(group) for stage in stages[:first] for group in stage.groups):
-            first, rows = 0, self._embedded(cut, planned)
-        stream = self._stream(cut, rows)
+            first = 0
+            rows[0], rows[1] = self._embedded(cut, planned), self._embedded(cut, {})
+        stream, whole = self._stream(cut, rows[0]), self._stream(cut, rows[1])
         last = max(i for i, stage in enumerate(stages) if stage.groups)
         for i, stage in enumerate(stages[first : last + 1], first):
             made: dict[str, Weight] = {}
-            for group in stage.groups:
-                if writing.is_done(group):
-                    made |= writing.found(group)
-                else:
-                    (moments,) = stream.moments(stage, [group], made)
-                    made |= writing.make(group, moments)
+            adding = [group for group in stage.groups if group.adds]
+            for group in [group for group in stage.groups if not group.adds]:
+                made |= writing.found(group) or _made(group, stage, made, stream, whole, writing)
+            if i == last and not adding:
+                break
+            whole.advance(stage, {})
+            for group in adding:
+                made |= writing.found(group) or _made(group, stage, made, stream, whole, writing)
             if i == last:
                 break
             stream.advance(stage, made)
@@ -199,6 +204,19 @@ class Feedback:
         self.close()
 
 
+def _made(
+    group: Group, stage: Stage, made: dict[str, Weight], stream: Stream, whole: Stream, writing: "_Writing"
+) -> dict[str, Weight]:
+    """The weights of a group, rounded for what the `made` ones before it give it and for what it lacks thereby."""
+    if group.route is not None:  # the unrounded model sends other tokens to an expert, and too few to learn from
+        (moments,) = stream.moments(stage, [group], made)
+        return writing.make(group, moments)
+    shortfall = stream.shortfall(stage, group, made, whole)
+    targets, moments = shortfall.targets(group.weights, group.names[0]), shortfall.moments
+    del shortfall  # four matrices as large as the moments, which the factors take the place of
+    return writing.make(replace(group, weights=targets), moments)
+
+
 class _Writing:
     """Weights of a plan, rounded and written where that is not done yet; all by the source's names."""
 
@@ -213,7 +231,9 @@ class _Writing:
         return all(self._tensors[name].name in self._done for name in group.names)
 
     def found(self, group: Group) -> dict[str, Weight]:
-        """What it made."""
+        """What it made, if all of it."""
+        if not self.is_done(group):
+            return {}
         return {
             w.name: Weight(w.name, self._tensors[w.name].type, w.shape, self._output.read(self._tensors[w.name]))
             for w in group.weights

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from phiquant.errors import WeightsError
 
-__all__ = ["FLOOR", "Moments"]
+__all__ = ["FLOOR", "Moments", "check_finite"]
 
 FLOOR: Final = 256
 """Tokens of the layer's average that the moments of every expert are given besides its own: an expert to which few or
@@ -64,8 +64,13 @@ class Moments:
 
     def check(self, name: str) -> None:
         """WeightsError if something that is not a number came by; `name` of a matrix."""
-        if not np.isfinite(np.einsum("mii->mi", self.sums)).all():
-            raise WeightsError(
-                f"The inputs of {name} are not finite: the model computes NaN or infinity on this text; check the file "
-                "with another one of the same model."
-            )
+        check_finite(np.einsum("mii->mi", self.sums), name)
+
+
+def check_finite(sums: Floats, name: str) -> None:
+    """WeightsError if something that is not a number came into sums over what the matrix of that name reads."""
+    if not np.isfinite(sums).all():
+        raise WeightsError(
+            f"The inputs of {name} are not finite: the model computes NaN or infinity on this text; check the file "
+            "with another one of the same model."
+        )

@@ -46,12 +46,14 @@ class Group:
         x: what they read.
         route: of experts; None for one matrix each.
         before: how many operations of the stage make x.
+        adds: whether what they make is added to the residual stream as it is.
     """
 
     weights: tuple[Weight, ...]
     x: Buffer
     route: Route | None
     before: int
+    adds: bool
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,7 +115,7 @@ class Stages:
             own = [op.layer for op in part if isinstance(op, Attention)]
             layer = own[-1] if own else layer
             last = any(isinstance(op, Select) for op in part)
-            stages.append(Stage(part, None if last else layer, tuple(_groups(part, wanted))))
+            stages.append(Stage(part, None if last else layer, tuple(_groups(part, wanted, first.out))))
         return cls(program, first, tuple(stages))
 
     @property
@@ -180,7 +182,7 @@ def _in_place(operation: Operation, made: Mapping[str, Weight]) -> Operation:
     return operation
 
 
-def _groups(operations: Sequence[Operation], wanted: Callable[[str], bool]) -> Iterator[Group]:
+def _groups(operations: Sequence[Operation], wanted: Callable[[str], bool], stream: Buffer) -> Iterator[Group]:
     found: list[Group] = []
     current: dict[tuple[Buffer, Route | None], int] = {}  # what buffers hold now, and the group that reads it
     for i, operation in enumerate(operations):
@@ -188,7 +190,8 @@ def _groups(operations: Sequence[Operation], wanted: Callable[[str], bool]) -> I
             route = operation.route if isinstance(operation, ExpertMatMul) else None
             at = current.setdefault((operation.x, route), len(found))
             if at == len(found):
-                found.append(Group((operation.weight,), operation.x, route, i))
+                adds = isinstance(operation, MatMul) and operation.add and operation.out is stream
+                found.append(Group((operation.weight,), operation.x, route, i, adds))
             else:
                 found[at] = replace(found[at], weights=(*found[at].weights, operation.weight))
         for written in _written(operation):

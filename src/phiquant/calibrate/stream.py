@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from phiquant.calibrate.chunks import Chunks
 from phiquant.calibrate.moments import Moments
+from phiquant.calibrate.shortfall import Shortfall
 from phiquant.calibrate.stages import Group, Stage, Stages
 from phiquant.kernels.ops import Backend, Capacity, Keep, Program, Step, Weight
 from phiquant.model import Rope
@@ -61,6 +62,32 @@ class Stream:
     ) -> list[Moments]:
         """Bring the stream through a stage, with the weights `made`; moments of groups on the way, if there are."""
         return self._observed(self._stages.whole, stage, groups, made, self.rows, read)
+
+    def shortfall(self, stage: Stage, group: Group, made: dict[str, Weight], whole: "Stream") -> Shortfall:
+        """What the products of a group, with the weights `made` before it, lack of those of the unrounded model.
+
+        `whole`: the stream of the unrounded model; before the stage, if the group is not one that `adds`, and behind it
+        if it is. Then everything that the stream lacks behind the stage counts.
+        """
+        keep = self._keep(group)
+        if group.adds:
+            found = Shortfall.of_stream(group.x.width, self._stages.width)
+            recorded = self._stages.whole(stage, rows=self.rows, made=made, keeps=[(group, keep)])
+            for start, stop, out in self._run(recorded):
+                found.add(keep.kept[: stop - start], whole.rows[start:stop] - out, self._halves(start, stop))
+        else:
+            found, beside = Shortfall.of_inputs(group.x.width), self._keep(group)
+            recorded = self._stages.until(stage, rows=self.rows, made=made, keeps=[(group, keep)])
+            other = self._stages.until(stage, rows=whole.rows, made={}, keeps=[(group, beside)])
+            for (start, stop, _), _same in zip(self._run(recorded), whole._run(other), strict=True):
+                rows = keep.kept[: stop - start]
+                found.add(rows, beside.kept[: stop - start] - rows, self._halves(start, stop))
+        return found
+
+    def _halves(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which tokens are of the odd chunks."""
+        odd: NDArray[np.bool_] = np.arange(start, stop) // self._context % 2 == 1
+        return odd
 
     def _observed(
         self,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
+from phiquant.kernels.cholesky import cholesky, in_blocks
 from phiquant.kernels.cpu.feedback_product import ROWS
 from phiquant.kernels.cpu.team import available_threads
 from phiquant.kernels.feedback_slab import FED, PANELS, Corner, Inner, Slab
@@ -65,16 +66,12 @@ class Factor:
     @cached_property
     def corners(self) -> tuple[Corner, ...]:
         """Of the moments, for every 256 columns."""
-        return tuple(Corner.of(self.moments[at, at]) for at in _blocks(len(self.unit)))
+        return tuple(Corner.of(self.moments[at, at]) for at in in_blocks(len(self.unit)))
 
     @cached_property
     def inner(self) -> tuple[Inner, ...]:
         """Of the factors, for every 256 columns."""
-        return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in _blocks(len(self.unit)))
-
-
-def _blocks(n: int) -> list[slice]:
-    return [slice(start, min(start + _WIDTH, n)) for start in range(0, n, _WIDTH)]
+        return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in in_blocks(len(self.unit)))
 
 
 def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPING) -> Factor:
@@ -110,8 +107,9 @@ def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPIN
 def _factors(turned: Floats, damping: float) -> tuple[Floats, Floats]:
     """Diagonal and unit triangular part of the factor, turned back; in double precision where single is too little."""
     for precision in (np.float32, np.float64):
+        precise: npt.NDArray[np.floating[Any]] = turned.astype(precision)
         try:
-            root = _cholesky(turned.astype(precision))[::-1, ::-1]
+            root = cholesky(precise)[::-1, ::-1]
         except np.linalg.LinAlgError:
             continue
         scale = np.diagonal(root)
@@ -119,17 +117,6 @@ def _factors(turned: Floats, damping: float) -> tuple[Floats, Floats]:
     raise WeightsError(
         f"moments of inputs are not those of any inputs even with a damping of {damping:g}; collect them again"
     )
-
-
-def _cholesky(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The lower triangular factor, in place of `a`, block by block: LAPACK's takes four times as long for wide ones."""
-    for at in _blocks(len(a)):
-        rest, done = slice(at.stop, None), slice(0, at.start)
-        a[at.start :, at] -= a[at.start :, done] @ a[at, done].T
-        a[at, at] = np.linalg.cholesky(a[at, at])
-        a[rest, at] = a[rest, at] @ np.linalg.inv(a[at, at]).T
-        a[at, rest] = 0
-    return a
 
 
 def _order(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
