@@ -2,8 +2,8 @@
 
 The residual stream of a calibration text goes through the model one stage at a time. Within a stage one group of
 matrices after the other is observed (with those before it rounded already), rounded, and written; then the stream goes
-on through the rounded stage. Beside it goes the stream of the model as it is: what the rounded one lacks of it the matrices
-that follow make up for. So only one group's moments and one stage's weights are in memory, besides two streams:
+on through the rounded stage. Beside it goes the stream of the model as it is: what the rounded one lacks of it, the
+matrices that follow make up for. So one group's moments and one stage's weights are in memory, besides two streams:
 
     bytes = 8 tokens width + 4 columns² for the moments, some eight times as much while they are factorized
 """
