@@ -111,7 +111,10 @@ def sentence(found: Distilled) -> str:
     """What became of it, in a line."""
     figures = f"KL divergence on held-out text {found.before:.6f}"
     if not found.pays:
-        return f"not distilled: {figures}, and tuning made it no smaller, so the file stays as it was rounded"
+        return (
+            f"not distilled: {figures}, and {found.after:.6f} at best after tuning, which is too little for other texts "
+            "to gain by, so the file stays as it was rounded"
+        )
     epochs = "1 epoch" if found.epochs == 1 else f"{found.epochs} epochs"
     less = 1 - found.after / found.before
     return f"distilled: {figures} before, {found.after:.6f} after {epochs} ({less:.1%} less)"
