@@ -112,7 +112,7 @@ def sentence(found: Distilled) -> str:
     figures = f"KL divergence on held-out text {found.before:.6f}"
     if not found.pays:
         return (
-            f"not distilled: {figures}, and {found.after:.6f} at best after tuning, which is too little for other texts "
+            f"not distilled: {figures}, and {found.after:.6f} at best after tuning, which is too little for others "
             "to gain by, so the file stays as it was rounded"
         )
     epochs = "1 epoch" if found.epochs == 1 else f"{found.epochs} epochs"
