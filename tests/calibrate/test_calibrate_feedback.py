@@ -262,8 +262,8 @@ def test_types_without_feedback_are_weighed_or_rounded_plainly(
     notes = "\n".join(plan.notes)
     assert "3 weights become IQ2_XXS, which is not made by error feedback: they are weighed by importance" in notes
     assert "3 weights become TQ2_0, which is not made by error feedback: they are rounded as without" in notes
+    kept = Options(token_embedding_type=GGMLType.F16)  # it is the output too
     with open_source(short) as source, pytest.raises(RequestError, match="no weight of this file would be rounded"):
-        kept = Options(token_embedding_type=GGMLType.F16)  # it is the output too
         plan_quantize(source, parse_file_type("TQ2_0"), tmp_path / "y.gguf", kept, calibrated=Calibrated("t", []))
 
 
