@@ -9,8 +9,9 @@ matrices that follow make up for. So one group's moments and one stage's weights
 """
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from types import TracebackType
 from typing import Final, Self
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from phiquant import arch
 from phiquant.arch import names
 from phiquant.calibrate.chunks import DEFAULT_TOKENS, Chunks
-from phiquant.calibrate.moments import Moments
+from phiquant.calibrate.moments import Moments, check_finite
 from phiquant.calibrate.moments_file import MomentsFile, identity, write_moments
 from phiquant.calibrate.rounding import made_of
 from phiquant.calibrate.saved_stream import SavedStream
@@ -43,6 +44,10 @@ from phiquant.text import Tokenizer
 __all__ = ["Feedback"]
 
 METHOD: Final = "feedback"
+
+TIED: Final = 1.0
+"""How much an embedding that is the output too is rounded for what its rows are as an embedding, beside what their
+products are: as a part of the mean of the moments' diagonal. Matrices that follow make up for most of it."""
 
 Tensors = Mapping[str, PlannedTensor]
 
@@ -111,7 +116,7 @@ class Feedback:
 
         WeightsError if the model computes something that is no number; OutputError.
         """
-        cut = self._cut(lambda name: name.startswith("blk.") or name == names.OUTPUT)
+        cut = self._cut(lambda name: name.startswith("blk.") or name in (names.OUTPUT, names.TOKEN_EMBD))
         stages = cut.stages[: max(i for i, stage in enumerate(cut.stages) if stage.groups) + 1]
         stream = self._stream(cut, self._embedded(cut, {}))
         total, done = len(stages) * self._chunks.tokens, 0
@@ -135,21 +140,25 @@ class Feedback:
         """See `Maker`. WeightsError if the model computes something that is no number; KernelError if it cannot."""
         planned = {tensor.source_name: tensor for tensor in plan.tensors}
         tensors = {name: tensor for name, tensor in planned.items() if tensor.calibrated}
-        cut = self._cut(lambda name: name in tensors)
+        cut = self._cut(lambda name: name in tensors and name != names.TOKEN_EMBD)
         stages = [stage for stage in cut.stages if _kept(stage, planned)]
-        _check_all_read(tensors, stages)
+        tied = tensors.get(names.TOKEN_EMBD)
+        _check_all_read(tensors.keys() - {names.TOKEN_EMBD}, stages)
         writing = _Writing(tensors, output, done, progress, self._threads)
         if self._statistics is not None:
             for group in (group for stage in stages for group in stage.groups):
                 if not writing.is_done(group):
                     writing.make(group, self._statistics.moments(group.names[0], group.matrices, group.x.width))
+            if tied is not None:
+                self._tied(writing, planned)
             return
         saved = SavedStream(plan.path, output.fingerprint) if output.kept else None
         rows = np.empty((2, self._chunks.tokens, cut.width), np.float32)
         first = saved.read(rows) if saved is not None else None
         if first is None or not all(writing.is_done(group) for stage in stages[:first] for group in stage.groups):
             first = 0
-            rows[0], rows[1] = self._embedded(cut, planned), self._embedded(cut, {})
+            rows[0] = self._embedded(cut, planned, self._tied(writing, planned) if tied is not None else None)
+            rows[1] = self._embedded(cut, {})
         stream, whole = self._stream(cut, rows[0]), self._stream(cut, rows[1])
         last = max(i for i, stage in enumerate(stages) if stage.groups)
         for i, stage in enumerate(stages[first : last + 1], first):
@@ -176,9 +185,32 @@ class Feedback:
         rope = Rope(self._config.rotary)
         return Stream(cut, self._chunks, rows, rope, self._backend, threads=self._threads)
 
-    def _embedded(self, cut: Stages, planned: Tensors) -> NDArray[np.float32]:
-        """What the first stage reads, float32 [tokens, width], of the embedding as the output will have it."""
-        weight = cut.embed.weight
+    def _tied(self, writing: "_Writing", planned: Tensors) -> Weight:
+        """The embedding, rounded for what the last norm gives it: it is the output too.
+
+        That is of the model as it is, since nothing else is rounded yet; it takes one more pass over the text.
+        """
+        cut = self._cut(lambda name: name in planned)
+        stages = [stage for stage in cut.stages if _kept(stage, planned)]
+        (group,) = (group for stage in stages for group in stage.groups if names.TOKEN_EMBD in group.names)
+        if not writing.is_done(group):
+            if self._statistics is not None:
+                moments = self._statistics.moments(names.TOKEN_EMBD, group.matrices, group.x.width)
+            else:
+                stream = self._stream(cut, self._embedded(cut, {}))
+                for stage, after in pairwise(stages):
+                    stream.advance(stage, {})
+                    check_finite(stream.rows, after.groups[0].names[0])
+                (moments,) = stream.moments(stages[-1], [group], {})
+            return writing.make(group, moments.with_identity(TIED))[names.TOKEN_EMBD]
+        return writing.found(group)[names.TOKEN_EMBD]
+
+    def _embedded(self, cut: Stages, planned: Tensors, made: Weight | None = None) -> NDArray[np.float32]:
+        """What the first stage reads, float32 [tokens, width], of the embedding as the output will have it.
+
+        `made`: it, if it is the output too.
+        """
+        weight = made or cut.embed.weight
         used, places = np.unique(self._chunks.ids.reshape(-1), return_inverse=True)
         data, type = weight.data.reshape(weight.rows, -1)[used], weight.type
         target = planned[weight.name].type if weight.name in planned else type
@@ -272,7 +304,7 @@ def _kept(stage: Stage, planned: Tensors) -> bool:
     return found <= planned.keys()
 
 
-def _check_all_read(tensors: Tensors, stages: list[Stage]) -> None:
+def _check_all_read(tensors: Iterable[str], stages: list[Stage]) -> None:
     read = {name for stage in stages for group in stage.groups for name in group.names}
     for name in tensors:
         if name not in read:

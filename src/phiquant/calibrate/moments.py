@@ -56,6 +56,13 @@ class Moments:
             mine = mine + self.sums.sum(axis=0) * np.float32(FLOOR / max(int(self.counts.sum()), 1))
         return mine
 
+    def with_identity(self, share: float) -> "Moments":
+        """These with `share` times the mean of the diagonal added to it: as if inputs along every axis had come too."""
+        sums = self.sums.copy()
+        diagonals = np.einsum("mii->mi", sums)
+        diagonals += np.float32(share) * diagonals.mean(axis=1, keepdims=True)
+        return Moments(sums, self.counts)
+
     def importance(self, matrix: int) -> Floats:
         """Mean squares of the columns [columns], as an importance matrix has them."""
         count = int(self.counts[matrix]) + (FLOOR if len(self.counts) > 1 else 0)

@@ -21,6 +21,7 @@ from typing import Final, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from phiquant.arch import names
 from phiquant.calibrate.chunks import Chunks
 from phiquant.calibrate.moments import Moments
 from phiquant.calibrate.stages import Group
@@ -167,9 +168,11 @@ class MomentsFile:
         return Moments(sums, counts.astype(np.int64))
 
     def matrix(self) -> ImportanceMatrix:
-        """The diagonals as an importance matrix."""
+        """The diagonals as an importance matrix; not of an embedding that is the output too, as llama-imatrix."""
         entries: dict[str, Statistic] = {}
         for name, first in self._entries.items():
+            if name == names.TOKEN_EMBD:
+                continue
             counts = np.rint(self._file.data(first + _COUNTS).view("<f4")).astype(np.int64)
             data = self._file.data(first + _MOMENTS).view("<f4").reshape(len(counts), -1)
             columns = (int(np.sqrt(8 * data.shape[1] + 1)) - 1) // 2

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from phiquant import quants
+from phiquant.arch import names
 from phiquant.convert import imatrix
 from phiquant.convert.entries import Entry, string, uint32
 from phiquant.convert.filetypes import Target
@@ -83,10 +84,10 @@ class Calibrated:
     remarks: Sequence[str] = ()
     needed: bool = True
 
-    def wanted(self, name: str) -> bool:
-        """Whether a weight of this name is: one of a block, or the output, if it is chosen."""
+    def wanted(self, name: str, tied: bool) -> bool:
+        """Whether a weight of this name is: one of a block, or the output, if chosen; `tied`: the embedding is that."""
         return (
-            (name.startswith("blk.") or name == "output.weight")
+            (name.startswith("blk.") or name == names.OUTPUT or (tied and name == names.TOKEN_EMBD))
             and (not self.include or any(part in name for part in self.include))
             and not any(part in name for part in self.exclude)
         )
@@ -105,9 +106,11 @@ def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) ->
                 example = planned[-1].source_name
                 raise RequestError(f"{option} {part}: no weight has this in its name; names are like {example}.")
     marked = []
+    tied = names.OUTPUT not in {tensor.source_name for tensor in planned}
     for tensor in planned:
         changes = tensor.type.is_quantized and tensor.type is not tensor.source
-        marked.append(replace(tensor, calibrated=changes and calibrated.wanted(tensor.source_name)))
+        wanted = calibrated.wanted(tensor.source_name, tied and tensor.type in SUPPORTED)
+        marked.append(replace(tensor, calibrated=changes and wanted))
     changed = any(t.calibrated and (t.type in SUPPORTED or t.type not in quants.IMPORTANCE_IGNORED) for t in marked)
     if calibrated.needed and not changed:
         raise RequestError(
@@ -127,15 +130,15 @@ def _ways(marked: Iterable[PlannedTensor]) -> list[str]:
 
 
 def weigh(
-    planned: Sequence[PlannedTensor], importance: Importance, names: Iterable[str]
+    planned: Sequence[PlannedTensor], importance: Importance, present: Iterable[str]
 ) -> tuple[list[PlannedTensor], list[str]]:
     """Give the weights of a plan their importance; what the user should know of it comes second.
 
-    `names` are those of all tensors of the source. ImportanceError if the matrix is of another model, or if nothing
-    came to a weight for which it is used.
+    `present` are the names of all tensors of the source. ImportanceError if the matrix is of another model, or if
+    nothing came to a weight for which it is used.
     """
     matrix, origin = importance.matrix, importance.origin
-    known = set(names)
+    known = set(present)
     for name in matrix.entries:
         if name not in known and name.startswith("blk."):
             raise ImportanceError(
