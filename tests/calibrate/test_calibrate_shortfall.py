@@ -26,10 +26,9 @@ def values_of(weight: Weight) -> np.ndarray:
 
 
 def taken(shortfall: Shortfall, x: np.ndarray, lacks: np.ndarray) -> Shortfall:
-    odd = np.arange(len(x)) // 512 % 2 == 1
-    for start in range(0, len(x), 1024):
-        part = slice(start, start + 1024)
-        shortfall.add(x[part].astype(np.float32), lacks[part].astype(np.float32), odd[part])
+    for start in range(0, len(x), 512):
+        part = slice(start, start + 512)
+        shortfall.add(x[part].astype(np.float32), lacks[part].astype(np.float32), start // 512 % 2)
     return shortfall
 
 

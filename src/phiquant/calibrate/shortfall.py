@@ -61,12 +61,13 @@ class Shortfall:
         squares, products = (np.zeros((2, rows, columns), np.float32) for rows in (columns, width))
         return cls(squares, products, np.zeros(1, np.int64), False)
 
-    def add(self, rows: Floats, lacks: Floats, odd: NDArray[np.bool_]) -> None:
-        """Take in inputs [rows, columns] and what is lacking for them [rows, lacking]; `odd` are of the second half."""
-        for half, mine in enumerate((~odd, odd)):
-            x = rows[mine]
-            self.squares[half] += x.T @ x  # of one array with itself: half the work
-            self.products[half] += lacks[mine].T @ x
+    def add(self, rows: Floats, lacks: Floats, half: int) -> None:
+        """Take in inputs [rows, columns] of the first half of a text or the second, and what they lack [rows, lacking].
+
+        The more rows at once the better: a sum is added to as many numbers as the moments have.
+        """
+        self.squares[half] += rows.T @ rows  # of one array with itself: half the work
+        self.products[half] += lacks.T @ rows
         self.counts += len(rows)
 
     @property

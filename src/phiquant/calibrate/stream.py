@@ -17,6 +17,7 @@ __all__ = ["Stream"]
 
 STEP_TOKENS: Final = 2048
 _PAGE_TOKENS: Final = 64
+_STEPS: Final = 4  # that are enough to be halved
 
 Floats = NDArray[np.float32]
 
@@ -74,20 +75,25 @@ class Stream:
             found = Shortfall.of_stream(group.x.width, self._stages.width)
             recorded = self._stages.whole(stage, rows=self.rows, made=made, keeps=[(group, keep)])
             for start, stop, out in self._run(recorded):
-                found.add(keep.kept[: stop - start], whole.rows[start:stop] - out, self._halves(start, stop))
+                for half, part in self._halves(start, stop):
+                    found.add(keep.kept[part], whole.rows[start:stop][part] - out[part], half)
         else:
             found, beside = Shortfall.of_inputs(group.x.width), self._keep(group)
             recorded = self._stages.until(stage, rows=self.rows, made=made, keeps=[(group, keep)])
             other = self._stages.until(stage, rows=whole.rows, made={}, keeps=[(group, beside)])
             for (start, stop, _), _same in zip(self._run(recorded), whole._run(other), strict=True):
-                rows = keep.kept[: stop - start]
-                found.add(rows, beside.kept[: stop - start] - rows, self._halves(start, stop))
+                for half, part in self._halves(start, stop):
+                    found.add(keep.kept[part], beside.kept[part] - keep.kept[part], half)
         return found
 
-    def _halves(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Which tokens are of the odd chunks."""
-        odd: NDArray[np.bool_] = np.arange(start, stop) // self._context % 2 == 1
-        return odd
+    def _halves(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Which half of the text the rows of a step belong to: every other step, or chunk if there are few steps."""
+        step, first = self._capacity.tokens, start
+        size = step if len(self.rows) >= _STEPS * step else self._context
+        while start < stop:
+            end = min(stop, (start // size + 1) * size)
+            yield start // size % 2, slice(start - first, end - first)
+            start = end
 
     def _observed(
         self,
