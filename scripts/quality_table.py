@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -189,25 +190,26 @@ def kept(path: Path, rows: list[Row]) -> list[Row]:
     return list(by_file.values())
 
 
-def plot(rows: list[Row], model: str, text: str, path: Path) -> None:
-    """Size against divergence of one model on one text."""
+def plot(rows: list[Row], model: str, texts: Collection[str], path: Path) -> None:
+    """Size against divergence of one model, on every text."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for maker, mark in (("llama.cpp", "o"), ("feedback", "s"), ("mix", "^")):
-        points = sorted((r.bytes, r.mean, r.type) for r in rows if (r.model, r.text, r.maker) == (model, text, maker))
-        if points:
-            label = {"llama.cpp": "llama-quantize, importance matrix", "feedback": "phiquant, error feedback"}
-            axes.plot(
-                [p[0] / 1e6 for p in points], [p[1] for p in points], mark, label=label.get(maker, "phiquant, mix")
+    makers = {"llama.cpp": ("o", "llama-quantize, importance matrix"), "feedback": ("s", "phiquant, the same types"),
+              "mix": ("^", "phiquant, mix of the same size")}  # fmt: skip
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(11, 4.5), layout="constrained", squeeze=False)
+    for axes, text in zip(panels[0], texts, strict=True):
+        for maker, (mark, label) in makers.items():
+            points = sorted(
+                (r.bytes, r.mean, r.type) for r in rows if (r.model, r.text, r.maker) == (model, text, maker)
             )
-        if maker == "llama.cpp":
-            for size, mean, kind in points:
+            if points:
+                axes.plot([size / 1e6 for size, *_ in points], [mean for _, mean, _ in points], mark, label=label)
+            for size, mean, kind in points if maker == "llama.cpp" else ():
                 axes.annotate(kind, (size / 1e6, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set(yscale="log", xlabel="weights, MB", ylabel="mean KL divergence, nats", title=f"{model}, {text}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, metadata={"Date": None})
+        axes.set(yscale="log", xlabel="weights, MB", ylabel="mean KL divergence, nats", title=f"{model}, {text}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
 def main() -> None:
@@ -240,8 +242,7 @@ def main() -> None:
             if a.out is not None:
                 a.out.mkdir(parents=True, exist_ok=True)
                 rows = kept(a.out / "quality.json", rows)
-                for name in texts:
-                    plot(rows, bench.name, name, a.out / f"quality-{bench.name}-{name}.svg")
+                plot(rows, bench.name, texts, a.out / f"quality-{bench.name}.png")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def rounded(
     statistics: Path | None = None,
     options: Options | None = None,
     prune: tuple[int, ...] = (),
+    exclude: tuple[str, ...] = (),
     progress: Stopper | None = None,
     resume: bool = False,
 ) -> Plan:
@@ -82,7 +83,7 @@ def rounded(
         open_source(model) as source,
         Feedback(model, text, dataset="text", tokens=TOKENS, statistics=file, threads=2) as made,
     ):
-        calibrated = Calibrated("text", made.entries, remarks=made.remarks)
+        calibrated = Calibrated("text", made.entries, exclude=exclude, remarks=made.remarks)
         plan = plan_quantize(
             source, parse_file_type(kind), out, options or Options(), calibrated=calibrated, prune=prune
         )
@@ -173,6 +174,10 @@ def test_an_embedding_that_is_the_output_too_is_nearer_as_output_and_still_near_
     (output, embedding), (better, near) = lost
     assert better < 0.8 * output
     assert near < 1.3 * embedding
+    rounded(short, tmp_path / "alone.gguf", "Q4_K_M", text, exclude=("blk",))
+    with GGUFFile.open(tmp_path / "alone.gguf") as alone, GGUFFile.open(whole) as file, GGUFFile.open(plain) as other:
+        assert np.array_equal(alone.data(name), file.data(name))
+        assert np.array_equal(alone.data("blk.0.attn_qkv.weight"), other.data("blk.0.attn_qkv.weight"))
     rounded(short, tmp_path / "kept.gguf", "Q4_K_M", text, options=Options(token_embedding_type=GGMLType.F16))
     with GGUFFile.open(tmp_path / "kept.gguf") as file:
         assert file.tensors[name].type is GGMLType.F16

@@ -160,7 +160,7 @@ class Feedback:
             rows[0] = self._embedded(cut, planned, self._tied(writing, planned) if tied is not None else None)
             rows[1] = self._embedded(cut, {})
         stream, whole = self._stream(cut, rows[0]), self._stream(cut, rows[1])
-        last = max(i for i, stage in enumerate(stages) if stage.groups)
+        last = max((i for i, stage in enumerate(stages) if stage.groups), default=-1)  # if only the embedding is made
         for i, stage in enumerate(stages[first : last + 1], first):
             made: dict[str, Weight] = {}
             adding = [group for group in stage.groups if group.adds]
