@@ -11,7 +11,6 @@ with LLM.load("phi.gguf") as llm:
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
@@ -23,6 +22,7 @@ from phiquant.embedding import Pooling, embeddings, pooled
 from phiquant.engine import Drafter, ModelDraft, PromptLookup, Stats
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
+from phiquant.gguf.closing import Closing
 from phiquant.hub import Reference
 from phiquant.loading import PAGE_TOKENS, Loaded
 from phiquant.logit_stream import logit_blocks
@@ -33,7 +33,7 @@ from phiquant.text import Message
 __all__ = ["LLM", "PAGE_TOKENS", "Completion", "CompletionChunk", "Embeddings", "Options", "Timings", "Usage"]
 
 
-class LLM:
+class LLM(Closing):
     """A loaded model; `LLM.load` makes one. Use it from as many threads as you like: they share the steps.
 
     Attributes:
@@ -400,14 +400,6 @@ class LLM:
             self._loaded.close()
             if self._smaller is not None:
                 self._smaller.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"LLM({self.config.name!r}, context={self.context}, backend={self.backend!r})"

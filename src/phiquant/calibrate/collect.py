@@ -10,8 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from phiquant.calibrate.observe import observe
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Statistic
 from phiquant.errors import RequestError
 from phiquant.gguf import open_model
+from phiquant.gguf.closing import Closing
 from phiquant.kernels.ops import Capacity
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
@@ -53,7 +53,7 @@ class Done:
     error: float | None = None
 
 
-class Calibration:
+class Calibration(Closing):
     """A model made ready to be observed while it reads a text; `run` it, then take the `matrix`. A context manager.
 
     Args:
@@ -179,14 +179,6 @@ class Calibration:
         """Free threads and memory, and unmap the file."""
         self._executable.close()
         self._gguf.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _read(self, tokens: NDArray[np.int32]) -> None:
         if self._bos is not None:

@@ -18,8 +18,7 @@ import os
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +39,8 @@ from phiquant.convert.run import Progress
 from phiquant.convert.source import GGUFSource
 from phiquant.errors import RequestError, WeightsError
 from phiquant.gguf import GGUFFile, keys, open_model
+from phiquant.gguf.closing import Closing
 from phiquant.gguf.quality import Quality
-from phiquant.kernels.dequantize import dequantize_rows
 from phiquant.kernels.ops import Weight
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
@@ -101,7 +100,7 @@ class Distilled:
         ]
 
 
-class Distillation:
+class Distillation(Closing):
     """A quantized model and its original, made ready on a text. A context manager, and a `convert.run.Maker`.
 
     Args:
@@ -226,11 +225,7 @@ class Distillation:
     def _original_rows(self, advanced: Callable[[int], None]) -> Array:
         """What the last stage of the original reads, float32 [chunks, context, width]."""
         stages, chunks = self._teacher, self._chunks
-        rows = np.empty((chunks.tokens, stages.width), np.float32)
-        weight = stages.embed.weight
-        used, places = np.unique(chunks.ids.reshape(-1), return_inverse=True)
-        values = dequantize_rows(weight.data.reshape(weight.rows, -1)[used], weight.type, len(used), weight.columns)
-        np.multiply(values[places], np.float32(stages.embed.scale), out=rows)
+        rows = stages.embedded(chunks.ids)
         stream = Stream(stages, chunks, rows, self._rope, self._backend, threads=self._threads)
         for stage in stages.stages[:-1]:
             stream.advance(stage, {}, read=advanced)
@@ -263,14 +258,6 @@ class Distillation:
     def close(self) -> None:
         """Unmap the files."""
         self._closing.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def learnt_chunks(chunks: Chunks) -> int:

@@ -12,8 +12,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +32,9 @@ from phiquant.convert.plan import Plan
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.convert.run import Progress
 from phiquant.errors import UnsupportedError
-from phiquant.gguf import GGMLType, keys, open_model
-from phiquant.kernels.dequantize import dequantize_rows
+from phiquant.gguf import keys, open_model
+from phiquant.gguf.closing import Closing
 from phiquant.kernels.ops import ExpertMatMul, MatMul, Weight
-from phiquant.kernels.quantize import quantize_rows
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
 from phiquant.text import Tokenizer
@@ -52,7 +50,7 @@ products are: as a part of the mean of the moments' diagonal. Matrices that foll
 Tensors = Mapping[str, PlannedTensor]
 
 
-class Feedback:
+class Feedback(Closing):
     """A model made ready to be rounded for what it computes on a text: a `convert.run.Maker`. A context manager.
 
     Args:
@@ -118,7 +116,7 @@ class Feedback:
         """
         cut = self._cut(lambda name: name.startswith("blk.") or name in (names.OUTPUT, names.TOKEN_EMBD))
         stages = cut.stages[: max(i for i, stage in enumerate(cut.stages) if stage.groups) + 1]
-        stream = self._stream(cut, self._embedded(cut, {}))
+        stream = self._stream(cut, cut.embedded(self._chunks.ids))
         total, done = len(stages) * self._chunks.tokens, 0
 
         def advanced(tokens: int) -> None:
@@ -142,14 +140,14 @@ class Feedback:
         tensors = {name: tensor for name, tensor in planned.items() if tensor.calibrated}
         cut = self._cut(lambda name: name in tensors and name != names.TOKEN_EMBD)
         stages = [stage for stage in cut.stages if _kept(stage, planned)]
-        tied = tensors.get(names.TOKEN_EMBD)
-        _check_all_read(tensors.keys() - {names.TOKEN_EMBD}, stages)
+        tied = names.TOKEN_EMBD in tensors
+        _check_all_read([name for name in tensors if name != names.TOKEN_EMBD], stages)
         writing = _Writing(tensors, output, done, progress, self._threads)
         if self._statistics is not None:
             for group in (group for stage in stages for group in stage.groups):
                 if not writing.is_done(group):
                     writing.make(group, self._statistics.moments(group.names[0], group.matrices, group.x.width))
-            if tied is not None:
+            if tied:
                 self._tied(writing, planned)
             return
         saved = SavedStream(plan.path, output.fingerprint) if output.kept else None
@@ -157,8 +155,12 @@ class Feedback:
         first = saved.read(rows) if saved is not None else None
         if first is None or not all(writing.is_done(group) for stage in stages[:first] for group in stage.groups):
             first = 0
-            rows[0] = self._embedded(cut, planned, self._tied(writing, planned) if tied is not None else None)
-            rows[1] = self._embedded(cut, {})
+            rows[0] = cut.embedded(
+                self._chunks.ids,
+                self._tied(writing, planned) if tied else None,
+                planned[names.TOKEN_EMBD].type if names.TOKEN_EMBD in planned else None,
+            )
+            rows[1] = cut.embedded(self._chunks.ids)
         stream, whole = self._stream(cut, rows[0]), self._stream(cut, rows[1])
         last = max((i for i, stage in enumerate(stages) if stage.groups), default=-1)  # if only the embedding is made
         for i, stage in enumerate(stages[first : last + 1], first):
@@ -197,27 +199,13 @@ class Feedback:
             if self._statistics is not None:
                 moments = self._statistics.moments(names.TOKEN_EMBD, group.matrices, group.x.width)
             else:
-                stream = self._stream(cut, self._embedded(cut, {}))
+                stream = self._stream(cut, cut.embedded(self._chunks.ids))
                 for stage, after in pairwise(stages):
                     stream.advance(stage, {})
                     check_finite(stream.rows, after.groups[0].names[0])
                 (moments,) = stream.moments(stages[-1], [group], {})
             return writing.make(group, moments.with_identity(TIED))[names.TOKEN_EMBD]
         return writing.found(group)[names.TOKEN_EMBD]
-
-    def _embedded(self, cut: Stages, planned: Tensors, made: Weight | None = None) -> NDArray[np.float32]:
-        """What the first stage reads, float32 [tokens, width], of the embedding as the output will have it.
-
-        `made`: it, if it is the output too.
-        """
-        weight = made or cut.embed.weight
-        used, places = np.unique(self._chunks.ids.reshape(-1), return_inverse=True)
-        data, type = weight.data.reshape(weight.rows, -1)[used], weight.type
-        target = planned[weight.name].type if weight.name in planned else type
-        if target is not type:
-            widened = dequantize_rows(data, type, len(used), weight.columns)
-            data, type = quantize_rows(widened, GGMLType.F32, target), target
-        return dequantize_rows(data, type, len(used), weight.columns)[places] * np.float32(cut.embed.scale)
 
     def discard(self, plan: Plan) -> None:
         """See `Maker`."""
@@ -226,14 +214,6 @@ class Feedback:
     def close(self) -> None:
         """Unmap the file."""
         self._gguf.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _made(

@@ -15,8 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from phiquant.calibrate.stages import Group
 from phiquant.convert.imatrix import ImportanceMatrix, Statistic
 from phiquant.errors import ImportanceError
 from phiquant.gguf import GGMLType, GGUFFile, GGUFWriter, ValueType, keys
+from phiquant.gguf.closing import Closing
 
 __all__ = ["MomentsFile", "identity", "is_moments_file", "write_moments"]
 
@@ -94,7 +94,7 @@ def write_moments(
 
 
 @dataclass(frozen=True, eq=False)
-class MomentsFile:
+class MomentsFile(Closing):
     """Such a file, open; a context manager.
 
     Attributes:
@@ -186,14 +186,6 @@ class MomentsFile:
     def close(self) -> None:
         """Unmap the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _packed(square: NDArray[np.float32]) -> NDArray[np.float32]:

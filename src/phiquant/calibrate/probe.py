@@ -6,8 +6,7 @@ some of its weights, as often as one likes, and reads the same chunks.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from phiquant.calibrate.chunks import chunk_step, cut
 from phiquant.errors import RequestError
 from phiquant.eval.rows import LogitRows, compare
 from phiquant.gguf import open_model
+from phiquant.gguf.closing import Closing
 from phiquant.kernels.ops import Capacity, Executable, Weight
 from phiquant.kernels.select import select
 from phiquant.model import Rope, load_weights, record
@@ -28,7 +28,7 @@ _PAGE_TOKENS: Final = 64
 _BASE_BYTES: Final = 1 << 30  # of the base's logits, which are held; of more tokens, every second or third is scored
 
 
-class Probe:
+class Probe(Closing):
     """A model that is measured with other weights. A context manager.
 
     Args:
@@ -108,14 +108,6 @@ class Probe:
     def close(self) -> None:
         """Unmap the file."""
         self._gguf.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _logits(self, weights: Mapping[str, Weight]) -> Iterator[NDArray[np.float32]]:
         """Of each chunk the scored rows [rows, vocabulary], valid until the next."""

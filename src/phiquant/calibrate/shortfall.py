@@ -11,15 +11,14 @@ other one.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.calibrate.moments import Moments, check_finite
-from phiquant.errors import WeightsError
 from phiquant.gguf import GGMLType
-from phiquant.kernels.cholesky import cholesky, solve
+from phiquant.kernels.cholesky import damped_root, solve
 from phiquant.kernels.dequantize import dequantize_rows
 from phiquant.kernels.ops import Weight
 
@@ -118,14 +117,5 @@ class Shortfall:
 
 def _root(squares: Floats) -> Floats:
     """Triangular factor of the damped moments."""
-    diagonal = np.diagonal(squares)
-    damping = DAMPING * (float(diagonal.mean()) or 1.0)
-    for precision in (np.float32, np.float64):  # single, or double where that is too little
-        damped: NDArray[np.floating[Any]] = squares.astype(precision)
-        damped.flat[:: len(damped) + 1] += damping
-        try:
-            root: Floats = cholesky(damped).astype(np.float32, copy=False)
-        except np.linalg.LinAlgError:
-            continue
-        return root
-    raise WeightsError("moments of inputs are not those of any inputs; collect them again")
+    mean = float(np.diagonal(squares).mean()) or 1.0
+    return damped_root(squares, DAMPING, DAMPING * mean).astype(np.float32, copy=False)

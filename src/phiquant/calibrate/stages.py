@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from phiquant.errors import UnsupportedError
 from phiquant.gguf import GGMLType
+from phiquant.kernels.dequantize import dequantize_rows
 from phiquant.kernels.ops import (
     Attention,
     Buffer,
@@ -31,6 +32,7 @@ from phiquant.kernels.ops import (
     Select,
     Weight,
 )
+from phiquant.kernels.quantize import quantize_rows
 
 __all__ = ["Group", "Stage", "Stages"]
 
@@ -122,6 +124,20 @@ class Stages:
     def width(self) -> int:
         """Columns of the residual stream."""
         return self.embed.out.width
+
+    def embedded(
+        self, ids: NDArray[np.int32], weight: Weight | None = None, type: GGMLType | None = None
+    ) -> NDArray[np.float32]:
+        """What the first stage reads of tokens, in their order: float32 [tokens, width].
+
+        `weight`: in the place of the model's embedding; `type`: what the rows are rounded to, without calibration.
+        """
+        weight = self.embed.weight if weight is None else weight
+        used, places = np.unique(ids.reshape(-1), return_inverse=True)
+        rows = dequantize_rows(weight.data.reshape(weight.rows, -1)[used], weight.type, len(used), weight.columns)
+        if type is not None and type is not weight.type:
+            rows = dequantize_rows(quantize_rows(rows, GGMLType.F32, type), type, *rows.shape)
+        return rows[places] * np.float32(self.embed.scale)
 
     def whole(
         self,

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from phiquant.convert.positioned import PositionedFile
 from phiquant.convert.safetensors import StoredTensor, read_header
 from phiquant.errors import CheckpointError
+from phiquant.gguf.closing import Closing
 
 __all__ = ["Checkpoint", "StoredTensor", "read_json", "read_text"]
 
@@ -20,7 +20,7 @@ _INDEX = "model.safetensors.index.json"
 _MAX_TEXT_BYTES = 64_000_000  # tokenizer.json of a 200,000-token vocabulary has some 20 MB
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """An opened checkpoint directory; a context manager.
 
     `directory`; `config`: config.json as it is; `tensors`: name -> StoredTensor, by shard, then by name.
@@ -75,14 +75,6 @@ class Checkpoint:
         """Close every shard."""
         for file in self._files.values():
             file.close()
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -7,19 +7,19 @@ resident memory, and a file that shrinks underneath is an error instead of a bus
 import os
 import threading
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from phiquant.errors import PhiquantError
+from phiquant.gguf.closing import Closing
 
 __all__ = ["PositionedFile"]
 
 _HAS_PREADV = hasattr(os, "preadv")
 
 
-class PositionedFile:
+class PositionedFile(Closing):
     """A file open for reading at any position; safe to use from several threads at once."""
 
     def __init__(self, path: Path, error: type[PhiquantError]) -> None:
@@ -58,11 +58,3 @@ class PositionedFile:
     def close(self) -> None:
         """Close the file; reading afterwards is an error."""
         self._file.close()
-
-    def __enter__(self) -> "PositionedFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LogitsError
+from ..gguf.closing import Closing
 from ..gguf.output import OutputFile
 from .rows import slices
 from .windows import Windows
@@ -92,7 +93,7 @@ class SavedRows:
         return wide, p
 
 
-class SavedLogits:
+class SavedLogits(Closing):
     """A saved file, open for reading; a context manager.
 
     Attributes:
@@ -153,14 +154,6 @@ class SavedLogits:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class SavedWriter:

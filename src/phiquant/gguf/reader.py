@@ -6,13 +6,14 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import EllipsisType, TracebackType
-from typing import Any, Final, Self, TypeVar, overload
+from types import EllipsisType
+from typing import Any, Final, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phiquant.errors import GGUFError
+from phiquant.gguf.closing import Closing
 from phiquant.gguf.header import Field, Header, TensorInfo
 from phiquant.gguf.types import ValueType
 
@@ -48,7 +49,7 @@ class _Metadata(Mapping[str, Any]):
         return len(self._fields)
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """A GGUF file, mapped and checked; `GGUFFile.open` makes one.
 
     Attributes: `path`, `version` (2 or 3), `alignment` and `data_offset` in bytes, `size` of the file in bytes,
@@ -117,14 +118,6 @@ class GGUFFile:
         if mapped is not None:
             with contextlib.suppress(BufferError):  # the last array unmaps it
                 mapped.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"GGUFFile({str(self.path)!r}, {len(self.fields)} keys, {len(self.tensors)} tensors)"

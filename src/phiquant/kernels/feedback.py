@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from phiquant.errors import UnsupportedError, WeightsError
 from phiquant.gguf.types import GGMLType
-from phiquant.kernels.cholesky import cholesky, in_blocks
+from phiquant.kernels.cholesky import damped_root, in_blocks
 from phiquant.kernels.cpu.feedback_product import ROWS
 from phiquant.kernels.cpu.team import available_threads
 from phiquant.kernels.feedback_slab import FED, PANELS, Corner, Inner, Slab
@@ -66,12 +66,12 @@ class Factor:
     @cached_property
     def corners(self) -> tuple[Corner, ...]:
         """Of the moments, for every 256 columns."""
-        return tuple(Corner.of(self.moments[at, at]) for at in in_blocks(len(self.unit)))
+        return tuple(Corner.of(self.moments[at, at]) for at in in_blocks(len(self.unit), _WIDTH))
 
     @cached_property
     def inner(self) -> tuple[Inner, ...]:
         """Of the factors, for every 256 columns."""
-        return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in in_blocks(len(self.unit)))
+        return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in in_blocks(len(self.unit), _WIDTH))
 
 
 def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPING) -> Factor:
@@ -97,26 +97,11 @@ def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPIN
     damping = damping if mean > 0 else 1.0
     at = np.s_[:: len(scaled) + 1]
     # A Cholesky factor from the last column upwards: of the matrix turned round, turned back.
-    turned = np.ascontiguousarray(scaled[::-1, ::-1])
-    turned.flat[at] += damping
-    scale, unit = _factors(turned, damping)
+    root = damped_root(np.ascontiguousarray(scaled[::-1, ::-1]), damping, damping)[::-1, ::-1]
+    scale = np.diagonal(root)
+    unit, variances = np.ascontiguousarray(root / scale, np.float32), scale.astype(np.float32) ** 2
     scaled.flat[at] += damping / 10
-    return Factor(order, unit, scale * scale, scaled)
-
-
-def _factors(turned: Floats, damping: float) -> tuple[Floats, Floats]:
-    """Diagonal and unit triangular part of the factor, turned back; in double precision where single is too little."""
-    for precision in (np.float32, np.float64):
-        precise: npt.NDArray[np.floating[Any]] = turned.astype(precision)
-        try:
-            root = cholesky(precise)[::-1, ::-1]
-        except np.linalg.LinAlgError:
-            continue
-        scale = np.diagonal(root)
-        return np.ascontiguousarray(scale, np.float32), np.ascontiguousarray(root / scale, np.float32)
-    raise WeightsError(
-        f"moments of inputs are not those of any inputs even with a damping of {damping:g}; collect them again"
-    )
+    return Factor(order, unit, variances, scaled)
 
 
 def _order(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -30,6 +29,7 @@ from phiquant.compat.llama_cpp.processors import (
 from phiquant.compat.llama_cpp.state import LlamaState
 from phiquant.compat.llama_cpp.steps import Steps
 from phiquant.gguf import open_model
+from phiquant.gguf.closing import Closing
 from phiquant.llm import LLM
 
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-class Llama(Chats, Embeds, Steps):
+class Llama(Chats, Embeds, Steps, Closing):
     """A model, for scripts that were written for llama-cpp-python 0.3.36.
 
     Attributes:
@@ -216,14 +216,6 @@ class Llama(Chats, Embeds, Steps):
         """Free threads and memory, and unmap the file."""
         if hasattr(self, "llm"):  # else it was refused
             self.llm.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()

@@ -7,12 +7,12 @@ drift. So they are measured beside whatever is measured, in the same minute.
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...gguf.closing import Closing
 from .emit import F32, I8, I32, I64, Emitter, Value, vec
 from .library import function
 from .operation import NativeOp, aligned
@@ -84,7 +84,7 @@ def reading(data: NDArray[np.uint8], target: Target, sink: NDArray[np.uint8], *,
     return NativeOp(function(name, 4, body, target), block, (data, sink))
 
 
-class Limits:
+class Limits(Closing):
     """Measures both limits with a team of threads; use it with `with`, or close it.
 
     Args:
@@ -118,14 +118,6 @@ class Limits:
     def close(self) -> None:
         """End the threads."""
         self._team.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _seconds(self, operation: NativeOp) -> float:
         program = native_program([operation])
