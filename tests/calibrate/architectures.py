@@ -1,6 +1,11 @@
 """A small model of every architecture, for tests of what is done stage by stage."""
 
+import numpy as np
+
 from phiquant.arch import Config, LlamaConfig, Phi2Config, Phi3Config, Phi3SmallConfig, PhiMoEConfig
+from phiquant.gguf import GGMLType
+from phiquant.kernels.ops import Weight
+from phiquant.quants import quantize
 
 SHARED = {
     "name": "test",
@@ -68,3 +73,14 @@ CONFIGS: dict[str, Config] = {
         ffn_bias=False,
     ),
 }
+
+
+def weights_of(config: Config, type: GGMLType = GGMLType.F32) -> dict[str, Weight]:
+    """Weights at random, the matrices of a type but for routers."""
+    rng, weights = np.random.default_rng(3), {}
+    for name, shape in config.tensor_shapes():
+        values = rng.normal(0, 0.3, shape).astype("<f4")
+        own = type if len(shape) > 1 and "ffn_gate_inp" not in name else GGMLType.F32
+        data = quantize(values, own) if own is not GGMLType.F32 else values.view(np.uint8)
+        weights[name] = Weight(name, own, shape, data.reshape(-1))
+    return weights

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures import CONFIGS
+from architectures import CONFIGS, weights_of
 from numpy.typing import NDArray
 
 from phiquant.arch import Config, Phi3Config, Phi3SmallConfig
@@ -21,7 +21,6 @@ from phiquant.gguf import GGMLType
 from phiquant.kernels.ops import Buffer, Capacity, Step, SumSquares, Weight
 from phiquant.kernels.reference import ReferenceBackend
 from phiquant.model import Rope, record
-from phiquant.quants import quantize
 
 CONTEXT, SEQUENCES = 12, 3
 MODELS: dict[str, Config] = {
@@ -54,16 +53,6 @@ class Exact(Tuned):
         ]
         whole: NDArray[Any] = np.sum(parts, axis=0).reshape(len(data), -1)
         return whole
-
-
-def weights_of(config: Config, type: GGMLType) -> dict[str, Weight]:
-    rng, weights = np.random.default_rng(3), {}
-    for name, shape in config.tensor_shapes():
-        values = rng.normal(0, 0.3, shape).astype("<f4")
-        own = type if len(shape) > 1 and "ffn_gate_inp" not in name else GGMLType.F32
-        data = quantize(values, own) if own is not GGMLType.F32 else values.view(np.uint8)
-        weights[name] = Weight(name, own, shape, data.reshape(-1))
-    return weights
 
 
 def network(config: Config, weights: Mapping[str, Weight], tuned: Tuned) -> Network:

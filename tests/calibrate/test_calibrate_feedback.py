@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phiquant.calibrate import Feedback, MomentsFile, collect, rounding
+from phiquant import arch
+from phiquant.calibrate import Feedback, MomentsFile, Search, collect, rounding
 from phiquant.calibrate.chunks import Chunks
+from phiquant.calibrate.curvature import Curvature
 from phiquant.calibrate.saved_stream import SavedStream
 from phiquant.calibrate.shortfall import DAMPING
+from phiquant.calibrate.stages import Stages
 from phiquant.convert import Options, TypePattern, convert, quantize, weighing
 from phiquant.convert.filetypes import parse_file_type
 from phiquant.convert.output import Output
@@ -21,11 +24,13 @@ from phiquant.convert.recipes import PlannedTensor
 from phiquant.convert.run import execute
 from phiquant.convert.source import open_source
 from phiquant.convert.weighing import Calibrated
-from phiquant.errors import ImportanceError, OutputError, RequestError, WeightsError
+from phiquant.errors import ImportanceError, OutputError, RequestError, UnsupportedError, WeightsError
 from phiquant.gguf import GGMLType, GGUFFile
 from phiquant.kernels.feedback import SUPPORTED, factorize, feedback_rows
+from phiquant.kernels.select import select
+from phiquant.model import Rope, load_weights, record
 from phiquant.quants import dequantize
-from phiquant.text import Tokenizer
+from phiquant.text import Tokenizer, TokenType
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
@@ -51,9 +56,13 @@ class Stopper:
 
     def __init__(self, after: int) -> None:
         self.left = after
+        self.told: list[tuple[str, float]] = []
 
     def planned(self, plan: Plan) -> None:
         pass
+
+    def preparing(self, what: str, share: float) -> None:
+        self.told.append((what, share))
 
     def resumed(self, source_bytes: int) -> None:
         pass
@@ -76,14 +85,15 @@ def rounded(
     exclude: tuple[str, ...] = (),
     progress: Stopper | None = None,
     resume: bool = False,
+    search: Search | None = None,
 ) -> Plan:
     """`out`, made by error feedback."""
     file = None if statistics is None else MomentsFile.open(statistics)
     with (
         open_source(model) as source,
-        Feedback(model, text, dataset="text", tokens=TOKENS, statistics=file, threads=2) as made,
+        Feedback(model, text, dataset="text", tokens=TOKENS, search=search, statistics=file, threads=2) as made,
     ):
-        calibrated = Calibrated("text", made.entries, exclude=exclude, remarks=made.remarks)
+        calibrated = Calibrated("text", made.entries, exclude=exclude, remarks=made.remarks, embedding=made.embedding)
         plan = plan_quantize(
             source, parse_file_type(kind), out, options or Options(), calibrated=calibrated, prune=prune
         )
@@ -109,8 +119,10 @@ def normed(embedding: np.ndarray, ids: np.ndarray, weight: np.ndarray) -> np.nda
     return rows / np.sqrt((rows * rows).mean(axis=-1, keepdims=True) + 1e-5) * weight
 
 
-def test_the_first_matrix_makes_up_for_the_rounded_embedding(short: Path, text: str, whole: Path) -> None:
-    with GGUFFile.open(short) as model, GGUFFile.open(whole) as file:
+def test_the_first_matrix_makes_up_for_the_rounded_embedding(short: Path, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    rounded(short, path, "Q4_K_M", text, search=Search(curvature_tokens=0))
+    with GGUFFile.open(short) as model, GGUFFile.open(path) as file:
         chunks = Chunks.of(text, Tokenizer.from_gguf(model), "text", tokens=TOKENS)
         read = [
             normed(dequantize(source.data(info.name), info.type, info.shape), chunks.ids, norm).reshape(2, 512, -1)
@@ -363,15 +375,21 @@ def test_texts_that_a_model_cannot_learn_from(short: Path, text: str) -> None:
     assert cut.digest != Chunks.of(text[40:], tokenizer, "t", tokens=1300).digest
 
 
-def test_experts_are_rounded_each_by_its_own_tokens(text: str, tmp_path: Path) -> None:
-    """A mixture of which some experts are used by few of the 1024 tokens: all come out near what they were."""
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of random weights, with an output of its own."""
+    folder = tmp_path_factory.mktemp("mixture")
     script = MODEL.parents[1] / "benchmarks" / "make_synthetic.py"
     shape = ["--layers", "1", "--hidden", "256", "--ffn", "256", "--heads", "4", "--kv-heads", "2", "--experts", "8"]
-    checkpoint, model = tmp_path / "checkpoint", tmp_path / "moe-F16.gguf"
-    subprocess.run([sys.executable, str(script), str(checkpoint), "--model", "phimoe", *shape], check=True)
-    convert(checkpoint, model, "f16", quiet=True)
-    rounded(model, tmp_path / "x.gguf", "Q4_K_M", text)
-    with GGUFFile.open(model) as before, GGUFFile.open(tmp_path / "x.gguf") as after:
+    subprocess.run([sys.executable, str(script), str(folder / "checkpoint"), "--model", "phimoe", *shape], check=True)
+    convert(folder / "checkpoint", folder / "moe-F16.gguf", "f16", quiet=True)
+    return folder / "moe-F16.gguf"
+
+
+def test_experts_are_rounded_each_by_its_own_tokens(mixture: Path, text: str, tmp_path: Path) -> None:
+    """A mixture of which some experts are used by few of the 1024 tokens: all come out near what they were."""
+    rounded(mixture, tmp_path / "x.gguf", "Q4_K_M", text)
+    with GGUFFile.open(mixture) as before, GGUFFile.open(tmp_path / "x.gguf") as after:
         for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
             info, made = before.tensors[f"blk.0.{name}.weight"], after.tensors[f"blk.0.{name}.weight"]
             assert made.type.is_quantized
@@ -380,3 +398,116 @@ def test_experts_are_rounded_each_by_its_own_tokens(text: str, tmp_path: Path) -
             shares = np.sqrt((errors**2).mean(axis=(1, 2)) / (values**2).mean(axis=(1, 2)))
             assert len(shares) == 8
             assert (shares < 0.15).all()
+
+
+def test_an_embedding_is_rounded_for_what_its_errors_cost(mixture: Path, text: str, tmp_path: Path) -> None:
+    plain, made, name = tmp_path / "plain.gguf", tmp_path / "made.gguf", "token_embd.weight"
+    quantize(mixture, plain, "Q4_K_M", quiet=True)
+    rounded(mixture, made, "Q4_K_M", text)
+    with GGUFFile.open(mixture) as model:
+        config = arch.load(model)
+        cut = Stages.of(record(config, load_weights(model, config)), lambda name: False)
+        chunks = Chunks.of(text, Tokenizer.from_gguf(model), "text", tokens=TOKENS)
+        costs = Curvature.of(cut, chunks, Rope(config.rotary), select("cpu", None), tokens=TOKENS).moments(0).of(0)
+        wanted = dequantize(model.data(name), model.tensors[name].type, model.tensors[name].shape)
+        found = []
+        for path in (plain, made):
+            with GGUFFile.open(path) as file:
+                info = file.tensors[name]
+                assert info.type is GGMLType.Q4_K
+                errors = dequantize(file.data(name), info.type, info.shape) - wanted
+            found.append(np.einsum("ri,ij,rj->", errors, costs, errors, optimize=True) / len(errors))
+    assert found[1] < 0.7 * found[0]
+
+
+def test_an_embedding_is_rounded_plainly_where_that_is_not_known(mixture: Path, text: str, tmp_path: Path) -> None:
+    plain, name = tmp_path / "plain.gguf", "token_embd.weight"
+    quantize(mixture, plain, "Q4_K_M", quiet=True)
+    with Feedback(mixture, text, dataset="text", tokens=TOKENS, threads=2) as model:
+        model.collect(tmp_path / "statistics.gguf")
+    rounded(mixture, tmp_path / "none.gguf", "Q4_K_M", text, search=Search(curvature_tokens=0))
+    rounded(mixture, tmp_path / "known.gguf", "Q4_K_M", statistics=tmp_path / "statistics.gguf")
+    with GGUFFile.open(plain) as expected:
+        for path in ("none.gguf", "known.gguf"):
+            with GGUFFile.open(tmp_path / path) as file:
+                assert np.array_equal(file.data(name), expected.data(name))
+                assert not np.array_equal(file.data("output.weight"), expected.data("output.weight"))
+    # Planned all the same, which the plan's maker sees.
+    with (
+        open_source(mixture) as source,
+        Feedback(mixture, text, dataset="text", tokens=TOKENS, search=Search(curvature_tokens=0)) as made,
+    ):
+        plan = plan_quantize(
+            source, parse_file_type("Q4_K_M"), tmp_path / "x.gguf", Options(), calibrated=Calibrated("t", made.entries)
+        )
+        with pytest.raises(UnsupportedError, match=r"not known what errors of token_embd\.weight cost"):
+            execute(plan, threads=2, maker=made)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_what_is_asked_of_the_search_changes_the_bytes_and_is_recorded(
+    short: Path, text: str, whole: Path, tmp_path: Path
+) -> None:
+    path, bytes = tmp_path / "x.gguf", {whole.read_bytes()}
+    others = [
+        Search(damping=0.3),
+        Search(by_activation=False),
+        Search(rounds=0),
+        Search(sweeps=0),
+        Search(curvature_tokens=512),
+    ]
+    for search in others:
+        rounded(short, path, "Q4_K_S", text, search=search)
+        with GGUFFile.open(path) as file:
+            assert file.require("phiquant.quantize.search", str) == str(search)
+            bytes.add(b"".join(file.data(name).tobytes() for name in file.tensors))
+    assert len(bytes) == len(others) + 1
+    # A run that was left cannot be gone on with otherwise.
+    with pytest.raises(KeyboardInterrupt):
+        rounded(short, path, "Q4_K_M", text, resume=True, progress=Stopper(4))
+    plan = rounded(short, path, "Q4_K_M", text, resume=True, search=Search(sweeps=0))
+    assert any("other options, so this one starts anew" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"damping": 0.0}, "damping of 0 was asked for"),
+        ({"damping": float("nan")}, "damping of nan"),
+        ({"drawn": 0.7}, "0.7 of the text was to be drawn"),
+        ({"rounds": -1}, "-1 rounds were asked for"),
+        ({"curvature_tokens": -5}, "-5 tokens were asked for"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(wrong: dict[str, float], what: str) -> None:
+    with pytest.raises(RequestError, match=what):
+        Search(**wrong)  # type: ignore[arg-type]
+
+
+def test_progress_is_told_before_anything_is_rounded(short: Path, text: str, tmp_path: Path) -> None:
+    progress = Stopper(1 << 30)
+    rounded(short, tmp_path / "x.gguf", "Q4_K_S", text, progress=progress)
+    assert {what for what, _ in progress.told} == {"derivatives"}
+    shares = [share for _, share in progress.told]
+    assert shares == sorted(shares)
+    assert shares[0] > 0
+    assert shares[-1] == 1
+
+
+def test_some_chunks_are_drawn_at_random(short: Path, text: str) -> None:
+    with GGUFFile.open(short) as file:
+        tokenizer = Tokenizer.from_gguf(file)
+    whole = Chunks.of(text * 4, tokenizer, "t", tokens=12 * 512)
+    mixed = whole.with_drawn(tokenizer, 1 / 3)
+    drawn = [i for i in range(12) if not np.array_equal(mixed.ids[i], whole.ids[i])]
+    assert len(drawn) == 4
+    assert {i % 2 for i in drawn} == {0, 1}, "both halves of the text have some"
+    assert np.array_equal(mixed.ids[drawn][:, 0], whole.ids[drawn][:, 0]), "what a chunk begins with stays"
+    ids = mixed.ids[drawn][:, 1:]
+    assert (tokenizer.vocabulary.types[ids] == TokenType.NORMAL).all()
+    unseen = ~np.isin(ids, whole.ids)
+    assert 0.2 < unseen.mean() < 0.3
+    assert mixed.digest != whole.digest
+    assert np.array_equal(mixed.ids, whole.with_drawn(tokenizer, 1 / 3).ids)
+    assert np.array_equal(whole.with_drawn(tokenizer, 0).ids, whole.ids)
+    assert np.array_equal(Chunks(whole.ids[:2], "t").with_drawn(tokenizer, 1 / 3).ids, whole.ids[:2])

@@ -7,7 +7,7 @@ import pytest
 
 from phiquant.cli.app import run
 from phiquant.cli.quantize import quantize
-from phiquant.cli.quantize_options import QuantizeOptions
+from phiquant.cli.quantize_options import QuantizeOptions, SearchOptions
 from phiquant.convert import convert
 from phiquant.convert.imatrix import read
 from phiquant.errors import RequestError
@@ -119,6 +119,18 @@ def test_as_many_tokens_are_read_as_are_asked_for(short: Path, tmp_path: Path, m
         assert b.require("quantize.imatrix.chunks_count", int) == 2
 
 
+@pytest.mark.cpu
+def test_how_blocks_are_sought_can_be_said(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--damping", "0.1", "--column-order", "file", "--search-rounds", "1", "--search-sweeps", "0"]
+    options += ["--curvature-tokens", "512", "--drawn-share", "0.25"]
+    whole = ["quantize", "-q", "--calibrate", str(short), "--no-measure", *options, str(TINY), "out.gguf", "Q2_K_S"]
+    assert run(whole) == 0
+    said = "damping 0.1, columns as in the file, 1 rounds, 0 sweeps, curvature of 512 tokens, 0.25 drawn"
+    with GGUFFile.open("out.gguf") as file:
+        assert file.require("phiquant.quantize.search", str) == said
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [
@@ -145,6 +157,14 @@ def test_as_many_tokens_are_read_as_are_asked_for(short: Path, tmp_path: Path, m
         ({"calibrate": TINY / "page.txt", "measure": False}, "at least 1024"),
         ({"calibrate": TEXT, "measure_text": TINY / "page.txt"}, "page.txt has 789 tokens and must have at least 1024"),
         ({"measure": False, "measure_text": TEXT}, "contradict"),
+        (
+            {"search": SearchOptions(damping=0.1), "method": "imatrix"},
+            "--damping is for --method feedback, not imatrix",
+        ),
+        ({"search": SearchOptions(drawn_share=0.1), "calibrate": None}, "--drawn-share is for --method feedback"),
+        ({"search": SearchOptions(column_order="size")}, "--column-order is activation or file, not 'size'"),
+        ({"search": SearchOptions(damping=-1.0)}, "a damping of -1 was asked for"),
+        ({"search": SearchOptions(drawn_share=0.6), "dry_run": True}, "0.6 of the text was to be drawn"),
     ],
 )
 @pytest.mark.cpu

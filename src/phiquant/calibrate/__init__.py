@@ -12,6 +12,7 @@ from phiquant.calibrate.mix import Mix, find_mix
 from phiquant.calibrate.moments_file import MomentsFile, is_moments_file
 from phiquant.calibrate.planfile import PlanFile
 from phiquant.calibrate.probe import Probe
+from phiquant.calibrate.search import Search
 from phiquant.calibrate.sensitivity import Sensitivities, measure
 from phiquant.calibrate.statistics import LayerFigures, TensorFigures, layer_figures, tensor_figures
 
@@ -27,6 +28,7 @@ __all__ = [
     "MomentsFile",
     "PlanFile",
     "Probe",
+    "Search",
     "Sensitivities",
     "TensorFigures",
     "check_same_model",

@@ -1,7 +1,7 @@
 """A text in chunks, as models read it for calibration: cut as llama-imatrix cuts it; and a step that reads one."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -10,13 +10,17 @@ from numpy.typing import NDArray
 from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE
 from phiquant.errors import RequestError
 from phiquant.kernels.ops import Step
-from phiquant.text import Tokenizer
+from phiquant.text import Tokenizer, TokenType
 
-__all__ = ["DEFAULT_TOKENS", "Chunks", "chunk_step", "cut"]
+__all__ = ["DEFAULT_TOKENS", "DRAWN", "Chunks", "chunk_step", "cut"]
 
 DEFAULT_TOKENS: Final = 16_384
 """Tokens of a text that error feedback reads, if it has as many."""
 
+DRAWN: Final = 1 / 3
+"""Part of the chunks that error feedback reads in which tokens are drawn at random."""
+
+_UNSEEN: Final = 1 / 4  # of the tokens that are drawn, those that are not in the text
 _FOREIGN: Final = 0.8  # tokens for each byte, above which a vocabulary spells a text out byte by byte
 _UNUSUAL: Final = 0.5
 
@@ -64,6 +68,24 @@ class Chunks:
             chunks[:, 0] = tokenizer.bos_id
         return cls(chunks, dataset, tuple(remarks))
 
+    def with_drawn(self, tokenizer: Tokenizer, share: float) -> "Chunks":
+        """The same with every so many-th chunk replaced by tokens drawn at random, in no order: `share` of all.
+
+        What is learned from one text alone holds less for others: words that it does not have, and words beside one
+        another that are never so in it, make matrices see more of what they may be given. A token that is in the text
+        is drawn with the root of its frequency, one that is not in one case of four.
+        """
+        ids, random = self.ids.copy(), np.random.default_rng(0)
+        # Now the last chunk of a stretch and now the one before it, so that both halves of a text get as many.
+        places = [int((k + 1) / share) - 1 - k % 2 for k in range(int(len(ids) * share))]
+        if not places:
+            return self
+        chances = _chances(self.ids, tokenizer)
+        for place in places:
+            start = int(tokenizer.add_bos and tokenizer.bos_id is not None)
+            ids[place, start:] = random.choice(len(chances), self.context - start, p=chances)
+        return replace(self, ids=ids)
+
     @property
     def tokens(self) -> int:
         """How many there are."""
@@ -78,6 +100,18 @@ class Chunks:
     def digest(self) -> str:
         """SHA-256 of the ids and how they are cut, hexadecimal."""
         return hashlib.sha256(repr(self.ids.shape).encode() + self.ids.astype("<i4").tobytes()).hexdigest()
+
+
+def _chances(ids: NDArray[np.int32], tokenizer: Tokenizer) -> NDArray[np.float64]:
+    """How likely each token is to be drawn."""
+    plain = tokenizer.vocabulary.types == TokenType.NORMAL
+    found: NDArray[np.float64] = np.sqrt(np.bincount(ids.reshape(-1), minlength=len(plain))[: len(plain)]) * plain
+    unseen = plain & (found == 0)
+    seen = found.sum()
+    if unseen.any() and seen:
+        found[unseen] = seen * _UNSEEN / (1 - _UNSEEN) / unseen.sum()
+    found /= found.sum()
+    return found
 
 
 def cut(ids: NDArray[np.int32], context: int, skip: int, chunks: int | None) -> NDArray[np.int32]:

@@ -56,6 +56,12 @@ class Moments:
             mine = mine + self.sums.sum(axis=0) * np.float32(FLOOR / max(int(self.counts.sum()), 1))
         return mine
 
+    @classmethod
+    def together(cls, *parts: tuple["Moments", float]) -> "Moments":
+        """Of one matrix, those of several texts: the means of each, so much of them."""
+        sums = [found.sums * np.float32(share / max(int(found.counts[0]), 1)) for found, share in parts]
+        return cls(np.sum(sums, axis=0), np.ones(1, np.int64))
+
     def with_identity(self, share: float) -> "Moments":
         """These with `share` times the mean of the diagonal added to it: as if inputs along every axis had come too."""
         sums = self.sums.copy()

@@ -49,6 +49,7 @@ class Group:
         route: of experts; None for one matrix each.
         before: how many operations of the stage make x.
         adds: whether what they make is added to the residual stream as it is.
+        ends: whether it goes there, as it is or weighted by a router.
     """
 
     weights: tuple[Weight, ...]
@@ -56,6 +57,7 @@ class Group:
     route: Route | None
     before: int
     adds: bool
+    ends: bool
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -207,7 +209,10 @@ def _groups(operations: Sequence[Operation], wanted: Callable[[str], bool], stre
             at = current.setdefault((operation.x, route), len(found))
             if at == len(found):
                 adds = isinstance(operation, MatMul) and operation.add and operation.out is stream
-                found.append(Group((operation.weight,), operation.x, route, i, adds))
+                ends = adds or any(
+                    isinstance(op, Combine) and op.x is operation.out and op.out is stream for op in operations[i:]
+                )
+                found.append(Group((operation.weight,), operation.x, route, i, adds, ends))
             else:
                 found[at] = replace(found[at], weights=(*found[at].weights, operation.weight))
         for written in _written(operation):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phiquant.calibrate import Calibration, Feedback, MomentsFile, feedback_entries
+from phiquant.calibrate import Calibration, Feedback, MomentsFile, Search, feedback_entries
 from phiquant.calibrate.chunks import DEFAULT_TOKENS
 from phiquant.cli.notices import Notices
 from phiquant.cli.original import Original
@@ -17,7 +17,14 @@ from phiquant.convert.source import Source
 from phiquant.convert.weighing import Calibrated
 from phiquant.errors import RequestError
 
-__all__ = ["DEFAULT_TOKENS", "assumed_calibration", "assumed_importance", "calibrated_importance", "feedback"]
+__all__ = [
+    "DEFAULT_TOKENS",
+    "Search",
+    "assumed_calibration",
+    "assumed_importance",
+    "calibrated_importance",
+    "feedback",
+]
 
 
 def calibrated_importance(
@@ -70,7 +77,12 @@ def assumed_importance(
 
 
 def assumed_calibration(
-    text: Path | None, statistics: Path | None, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    text: Path | None,
+    statistics: Path | None,
+    search: Search,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Calibrated:
     """For a dry run: the plan and its size are those with error feedback from that text, or those statistics."""
     dataset = str(text)
@@ -78,7 +90,9 @@ def assumed_calibration(
         with MomentsFile.open(statistics) as file:
             dataset = file.dataset
     named = None if statistics is None else str(statistics)
-    return Calibrated(str(text or statistics), feedback_entries(0, dataset, "0" * 64, named), include, exclude)
+    entries = feedback_entries(0, dataset, "0" * 64, search, named)
+    embedding = statistics is None and search.curvature_tokens > 0
+    return Calibrated(str(text or statistics), entries, include, exclude, embedding=embedding)
 
 
 @contextmanager
@@ -87,6 +101,7 @@ def feedback(
     text: Path | None,
     *,
     tokens: int,
+    search: Search,
     statistics: Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -108,7 +123,15 @@ def feedback(
         model = original.path()
         if statistics is not None and found is None:
             with (
-                Feedback(model, read, dataset=str(text), tokens=tokens, threads=threads, tell=notices.progress) as made,
+                Feedback(
+                    model,
+                    read,
+                    dataset=str(text),
+                    tokens=tokens,
+                    search=search,
+                    threads=threads,
+                    tell=notices.progress,
+                ) as made,
                 ReadingBar("collecting", 1, quiet=quiet) as bar,
             ):
                 notices.clear()
@@ -116,8 +139,18 @@ def feedback(
             found = stack.enter_context(MomentsFile.open(statistics))
         made = stack.enter_context(
             Feedback(
-                model, read, dataset=str(text), tokens=tokens, statistics=found, threads=threads, tell=notices.progress
+                model,
+                read,
+                dataset=str(text),
+                tokens=tokens,
+                search=search,
+                statistics=found,
+                threads=threads,
+                tell=notices.progress,
             )
         )
         notices.clear()
-        yield Calibrated(str(text or statistics), made.entries, include, exclude, made.remarks), made
+        calibrated = Calibrated(
+            str(text or statistics), made.entries, include, exclude, made.remarks, embedding=made.embedding
+        )
+        yield calibrated, made

@@ -41,6 +41,11 @@ class ConversionBar:
         if self._task is not None:
             self._bar.update(self._task, advance=source_bytes, description=tensor)
 
+    def preparing(self, what: str, share: float) -> None:
+        """Say it in the place of the tensor."""
+        if self._task is not None:
+            self._bar.update(self._task, description=f"{what} {share:.0%}")
+
     def resumed(self, source_bytes: int) -> None:
         """Rate and time left count from here: what was done earlier took no time now."""
         if self._task is not None:

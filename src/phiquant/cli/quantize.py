@@ -222,7 +222,11 @@ def _assumed(source: Source, options: QuantizeOptions, method: str) -> Statistic
 
         return Statistics(
             calibrated=calibration.assumed_calibration(
-                options.calibrate, options.statistics, include=include, exclude=exclude
+                options.calibrate,
+                options.statistics,
+                calibration.Search(**options.search.given),
+                include=include,
+                exclude=exclude,
             )
         )
     if options.imatrix is not None:
@@ -328,6 +332,7 @@ def _collected(
             original,
             options.calibrate,
             tokens=tokens,
+            search=calibration.Search(**options.search.given),
             statistics=options.statistics,
             include=options.include_weights,
             exclude=options.exclude_weights,

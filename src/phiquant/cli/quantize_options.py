@@ -3,16 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from phiquant.cli.mixes import MixOptions
 from phiquant.convert import Target, parse_file_type
 from phiquant.convert.parts import WHOLE, Division
 from phiquant.errors import RequestError, TypeNameError
 
-__all__ = ["METHODS", "Arguments", "QuantizeOptions", "check_distill", "check_mix", "method_of", "parse_arguments"]
+__all__ = [
+    "METHODS",
+    "Arguments",
+    "QuantizeOptions",
+    "SearchOptions",
+    "check_distill",
+    "check_mix",
+    "method_of",
+    "parse_arguments",
+]
 
 METHODS: Final = ("feedback", "imatrix", "plain")
+ORDERS: Final = ("activation", "file")
+"""Of columns, as error feedback rounds them."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,40 @@ class Arguments:
     outfile: Path | None
     target: Target | None  # None: a mix, which has none
     threads: int  # 0: one for each core
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How error feedback seeks blocks; None: as `calibrate.Search` has it."""
+
+    damping: float | None = None
+    column_order: str | None = None
+    search_rounds: int | None = None
+    search_sweeps: int | None = None
+    curvature_tokens: int | None = None
+    drawn_share: float | None = None
+
+    def check(self, method: str) -> None:
+        """RequestError if anything is asked for that another method, or none, would not do."""
+        for name, value in vars(self).items():
+            if value is not None and method != "feedback":
+                option = f"--{name.replace('_', '-')}"
+                raise RequestError(f"{option} is for --method feedback, not {method}; leave it out.")
+        if self.column_order not in (None, *ORDERS):
+            raise RequestError(f"--column-order is {' or '.join(ORDERS)}, not {self.column_order!r}.")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What `calibrate.Search` is to be made with."""
+        values = {
+            "damping": self.damping,
+            "by_activation": None if self.column_order is None else self.column_order == ORDERS[0],
+            "rounds": self.search_rounds,
+            "sweeps": self.search_sweeps,
+            "curvature_tokens": self.curvature_tokens,
+            "drawn": self.drawn_share,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -39,6 +84,7 @@ class QuantizeOptions:
     method: str | None = None
     calibration_tokens: int | None = None
     statistics: Path | None = None
+    search: SearchOptions = field(default_factory=SearchOptions)
     distill: bool = False
     distill_epochs: int | None = None
     distill_tokens: int | None = None
@@ -107,6 +153,7 @@ def method_of(options: QuantizeOptions) -> str:
     method = options.method or ("imatrix" if options.imatrix is not None else "feedback" if reads else "plain")
     if method not in METHODS:
         raise RequestError(f"--method is {', '.join(METHODS[:-1])} or {METHODS[-1]}, not {method!r}.")
+    options.search.check(method)
     if options.imatrix is not None and reads and (options.mix.budget is None or method == "feedback"):
         raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
     if options.statistics is not None and method != "feedback":

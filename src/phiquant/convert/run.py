@@ -46,6 +46,9 @@ class Progress(Protocol):
     def advanced(self, source_bytes: int, tensor: str) -> None:
         """So many more bytes of the source, of that tensor, are done."""
 
+    def preparing(self, what: str, share: float) -> None:
+        """What is computed before the next tensor can be, and how much of that is done, from 0 to 1."""
+
     def resumed(self, source_bytes: int) -> None:
         """So many bytes of the source need not be done again; only called where an earlier run is continued."""
 

@@ -16,7 +16,7 @@ from phiquant.convert.imatrix import ImportanceMatrix
 from phiquant.convert.mixture import is_embedding, needs_importance
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.errors import ImportanceError, RequestError
-from phiquant.gguf import keys
+from phiquant.gguf import GGMLType, keys
 from phiquant.kernels.feedback import SUPPORTED
 
 __all__ = [
@@ -74,7 +74,8 @@ class Calibrated:
     """That weights are made of what a model computes on a text: which, and what the file says of it.
 
     `origin`: the text; `include`, `exclude`: parts of names as for `Importance.chosen`; `remarks`: for the user;
-    `needed`: that it changes nothing is an error, but not while types are still to be chosen.
+    `needed`: that it changes nothing is an error, but not while types are still to be chosen; `embedding`: it is known
+    what errors of the embedding cost, so that it is made too where it is not the output.
     """
 
     origin: str
@@ -83,11 +84,13 @@ class Calibrated:
     exclude: Sequence[str] = ()
     remarks: Sequence[str] = ()
     needed: bool = True
+    embedding: bool = True
 
-    def wanted(self, name: str, tied: bool) -> bool:
-        """Whether a weight of this name is: one of a block, or the output, if chosen; `tied`: the embedding is that."""
+    def wanted(self, name: str, type: GGMLType, tied: bool) -> bool:
+        """Whether a weight is: one of a block, output or embedding, if chosen; `tied`: the embedding is the output."""
+        embedding = name == names.TOKEN_EMBD and (tied or self.embedding) and type in SUPPORTED
         return (
-            (name.startswith("blk.") or name == names.OUTPUT or (tied and name == names.TOKEN_EMBD))
+            (name.startswith("blk.") or name == names.OUTPUT or embedding)
             and (not self.include or any(part in name for part in self.include))
             and not any(part in name for part in self.exclude)
         )
@@ -109,7 +112,7 @@ def mark_calibrated(planned: Sequence[PlannedTensor], calibrated: Calibrated) ->
     tied = names.OUTPUT not in {tensor.source_name for tensor in planned}
     for tensor in planned:
         changes = tensor.type.is_quantized and tensor.type is not tensor.source
-        wanted = calibrated.wanted(tensor.source_name, tied and tensor.type in SUPPORTED)
+        wanted = calibrated.wanted(tensor.source_name, tensor.type, tied)
         marked.append(replace(tensor, calibrated=changes and wanted))
     changed = any(t.calibrated and (t.type in SUPPORTED or t.type not in quants.IMPORTANCE_IGNORED) for t in marked)
     if calibrated.needed and not changed:

@@ -21,7 +21,7 @@ from phiquant.kernels.cpu.feedback_product import ROWS
 from phiquant.kernels.cpu.team import available_threads
 from phiquant.kernels.feedback_slab import FED, PANELS, Corner, Inner, Slab
 
-__all__ = ["DAMPING", "SUPPORTED", "Factor", "factorize", "feedback_rows"]
+__all__ = ["DAMPING", "SUPPORTED", "Factor", "check_rows", "factorize", "feedback_rows"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -74,11 +74,13 @@ class Factor:
         return tuple(Inner.of(self.unit[at, at], self.variances[at]) for at in in_blocks(len(self.unit), _WIDTH))
 
 
-def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPING) -> Factor:
+def factorize(
+    moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPING, by_activation: bool = True
+) -> Factor:
     """The factors of moments [n, n], the sum of x^T x over a matrix's inputs x [1, n].
 
     Inputs that were always zero, and fewer inputs than columns, are fine: `damping` times the mean of the diagonal is
-    added to it.
+    added to it. `by_activation`: columns are rounded in the order of their inputs' squares; else as they stand.
 
     Raises:
         WeightsError: the moments are not square, not finite, or not those of any inputs.
@@ -91,7 +93,7 @@ def factorize(moments: npt.NDArray[np.floating[Any]], *, damping: float = DAMPIN
     mean = float(diagonal.mean()) if len(diagonal) else 0.0
     if not (np.isfinite(mean) and np.isfinite(moments).all()) or (diagonal < 0).any():
         raise WeightsError("moments of inputs hold NaN, infinity or negative squares; collect them again")
-    order = _order(diagonal)
+    order = _order(diagonal) if by_activation else np.arange(len(diagonal))
     scaled = moments[np.ix_(order, order)].astype(np.float32)
     scaled *= 1 / (mean or 1.0)
     damping = damping if mean > 0 else 1.0
@@ -123,7 +125,7 @@ def _order(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     return order
 
 
-def _check(x: Floats) -> None:
+def check_rows(x: Floats) -> None:
     """WeightsError where a row holds what no scale, or what is carried on from it, would be safe with."""
     good = np.isfinite(x).all(axis=1)
     if not good.all():
@@ -134,6 +136,13 @@ def _check(x: Floats) -> None:
             f"row {row} of the weights holds values of magnitude {np.abs(x[row]).max():g}, and error feedback takes "
             f"them up to {_LARGEST:g}; quantize this tensor without it"
         )
+
+
+def _step(rows: int, threads: int) -> int:
+    """Rows of a slab: as many for each thread, whole panels, at most `PANELS` of them."""
+    panels = -(-rows // ROWS)
+    slabs = -(-panels // (PANELS * threads)) * threads
+    return -(-panels // slabs) * ROWS
 
 
 def feedback_rows(
@@ -167,10 +176,11 @@ def feedback_rows(
         raise WeightsError(f"moments of {len(factor.unit)} inputs do not fit rows of {n} weights")
     if n % type.block_elements:
         raise WeightsError(f"rows of {n} values do not fill {type.name} blocks of {type.block_elements}")
-    _check(x)
+    check_rows(x)
     if not x.size:
         return np.empty((rows, type.row_bytes(n)), np.uint8)
-    step, starts = ROWS * PANELS, range(0, n, _WIDTH)
+    count = threads or available_threads()
+    step, starts = _step(rows, count), range(0, n, _WIDTH)
 
     def work(first: int) -> Bytes:
         slab = Slab(x[first : first + step], type, factor.order)
@@ -187,5 +197,5 @@ def feedback_rows(
                 slab.again(start, factor.moments, corner)
         return slab.bytes()
 
-    with ThreadPoolExecutor(min(threads or available_threads(), -(-rows // step))) as pool:
+    with ThreadPoolExecutor(min(count, -(-rows // step))) as pool:
         return np.concatenate(list(pool.map(work, range(0, rows, step))))

@@ -124,6 +124,59 @@ def quantize(
             help="Read at most so many tokens of the text; 16384 by default, and all for an importance matrix.",
         ),
     ] = None,
+    damping: Annotated[
+        float | None,
+        Option(
+            "--damping",
+            metavar="D",
+            help="For feedback: added to the diagonal of the inputs' moments, as a part of its mean; 0.03 by default.",
+        ),
+    ] = None,
+    column_order: Annotated[
+        str | None,
+        Option(
+            "--column-order",
+            metavar="HOW",
+            help="For feedback: round columns in the order of their inputs' squares (activation, the default) or as "
+            "they stand (file).",
+        ),
+    ] = None,
+    search_rounds: Annotated[
+        int | None,
+        Option(
+            "--search-rounds",
+            metavar="N",
+            min=0,
+            help="For feedback: fit scales and levels of a block to one another so often; 3 by default.",
+        ),
+    ] = None,
+    search_sweeps: Annotated[
+        int | None,
+        Option(
+            "--search-sweeps",
+            metavar="N",
+            min=0,
+            help="For feedback: go through all blocks of a matrix once more, so often; 1 by default.",
+        ),
+    ] = None,
+    curvature_tokens: Annotated[
+        int | None,
+        Option(
+            "--curvature-tokens",
+            metavar="N",
+            min=0,
+            help="For feedback: learn from so many tokens which errors cost most; 2048 by default, 0 for none.",
+        ),
+    ] = None,
+    drawn_share: Annotated[
+        float | None,
+        Option(
+            "--drawn-share",
+            metavar="S",
+            help="For feedback: put tokens drawn at random in the place of this part of the text, 0 to 0.5, so that "
+            "less depends on which text it is; a third by default.",
+        ),
+    ] = None,
     distill: Annotated[
         bool,
         Option(
@@ -231,7 +284,7 @@ def quantize(
     from .. import quantize as body
     from ..mixes import MixOptions
     from ..notices import Notices
-    from ..quantize_options import QuantizeOptions
+    from ..quantize_options import QuantizeOptions, SearchOptions
     from ..sizes import parse_size
     from ..split import division_of
 
@@ -245,6 +298,14 @@ def quantize(
         calibrate=calibrate,
         method=method,
         calibration_tokens=calibration_tokens,
+        search=SearchOptions(
+            damping=damping,
+            column_order=column_order,
+            search_rounds=search_rounds,
+            search_sweeps=search_sweeps,
+            curvature_tokens=curvature_tokens,
+            drawn_share=drawn_share,
+        ),
         distill=distill,
         distill_epochs=distill_epochs,
         distill_tokens=distill_tokens,

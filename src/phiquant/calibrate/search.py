@@ -1,0 +1,50 @@
+"""What error feedback does how often and by what: options with measured defaults."""
+
+from dataclasses import dataclass
+
+from phiquant.calibrate import chunks, curvature
+from phiquant.errors import RequestError
+from phiquant.kernels import feedback
+
+__all__ = ["Search"]
+
+_MOST_DRAWN = 0.5
+
+
+@dataclass(frozen=True)
+class Search:
+    """How blocks are sought.
+
+    Attributes:
+        damping: what is added to the diagonal of the moments of inputs, as a part of its mean.
+        by_activation: columns are rounded in the order of the squares of their inputs; else in that of the file.
+        rounds: how often scales and levels of a block are fitted to one another before the next one.
+        sweeps: how often all blocks of a row are gone through once more.
+        curvature_tokens: of how many tokens it is computed what errors of the residual stream cost; 0 for none: then
+            all count alike, and an embedding that is not the output is rounded plainly.
+        drawn: part of the chunks of a text in which tokens are drawn at random.
+    """
+
+    damping: float = feedback.DAMPING
+    by_activation: bool = True
+    rounds: int = feedback.ROUNDS
+    sweeps: int = feedback.SWEEPS
+    curvature_tokens: int = curvature.DEFAULT_TOKENS
+    drawn: float = chunks.DRAWN
+
+    def __post_init__(self) -> None:
+        """RequestError if a number makes no sense."""
+        if not (0 < self.damping < float("inf")):
+            raise RequestError(f"a damping of {self.damping:g} was asked for; it is a positive number, such as 0.03.")
+        if not 0 <= self.drawn <= _MOST_DRAWN:
+            raise RequestError(f"{self.drawn:g} of the text was to be drawn at random; 0 to {_MOST_DRAWN:g} can be.")
+        for what, count in (("rounds", self.rounds), ("sweeps", self.sweeps), ("tokens", self.curvature_tokens)):
+            if count < 0:
+                raise RequestError(f"{count} {what} were asked for; there cannot be fewer than none.")
+
+    def __str__(self) -> str:
+        order = "by activation" if self.by_activation else "as in the file"
+        return (
+            f"damping {self.damping:g}, columns {order}, {self.rounds} rounds, {self.sweeps} sweeps, "
+            f"curvature of {self.curvature_tokens} tokens, {self.drawn:.2g} drawn"
+        )
