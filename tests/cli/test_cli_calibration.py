@@ -72,8 +72,10 @@ def test_feedback_is_the_default_from_a_checkpoint_a_file_and_statistics(
     assert run(["quantize", *text, str(TINY), "checkpoint.gguf", "Q3_K_S"]) == 0
     assert run(["quantize", *text, "--method", "feedback", "whole.gguf", "file.gguf", "q3_k_s", "2"]) == 0
     assert "note" not in capsys.readouterr().err
-    assert run(["quantize", *text, "--statistics", "s.gguf", str(TINY), "first.gguf", "q3_k_s"]) == 0
-    assert run(["quantize", "--statistics", "s.gguf", "whole.gguf", "second.gguf", "q3_k_s"]) == 0
+    alone = [*text, "--drawn-share", "0"]  # what an importance matrix of the text is of
+    assert run(["quantize", *alone, "--statistics", "s.gguf", str(TINY), "first.gguf", "q3_k_s"]) == 0
+    reused = ["--statistics", "s.gguf", "--drawn-share", "0"]
+    assert run(["quantize", *reused, "whole.gguf", "second.gguf", "q3_k_s"]) == 0
     assert "so no text is read" in capsys.readouterr().err
     assert run(["quantize", "-q", "whole.gguf", "plain.gguf", "q3_k_s"]) == 0
     assert run(["quantize", "-q", *text, "--method", "plain", "whole.gguf", "plainer.gguf", "q3_k_s"]) == 0

@@ -76,12 +76,12 @@ class Chunks:
         is drawn with the root of its frequency, one that is not in one case of four.
         """
         ids, random = self.ids.copy(), np.random.default_rng(0)
-        # Now the last chunk of a stretch and now the one before it, so that both halves of a text get as many.
-        places = [int((k + 1) / share) - 1 - k % 2 for k in range(int(len(ids) * share))]
+        places = [int((k + 1) / share) - 1 for k in range(int(len(ids) * share))]
         if not places:
             return self
         chances = _chances(self.ids, tokenizer)
-        for place in places:
+        for k, place in enumerate(places):
+            place -= (place - k) % 2  # so that both halves of a text, every other chunk of it, get as many
             start = int(tokenizer.add_bos and tokenizer.bos_id is not None)
             ids[place, start:] = random.choice(len(chances), self.context - start, p=chances)
         return replace(self, ids=ids)
