@@ -147,9 +147,9 @@ def test_the_first_matrix_makes_up_for_the_rounded_embedding(short: Path, text: 
             return product @ np.linalg.inv(moments + np.eye(len(moments)) * DAMPING * np.diagonal(moments).mean())
 
         some = np.linspace(0, len(weight) - 1, 256).astype(int)
-        each = [change(h, g)[some] for h, g in zip(squares, asked, strict=True)]
+        each = [change(sum(squares), g)[some] for g in asked]
         found = sum((each[i] * asked[1 - i][some]).sum() for i in (0, 1))
-        held = found / sum((each[i] @ squares[1 - i] * each[i]).sum() for i in (0, 1))
+        held = found / sum((part @ sum(squares) * part).sum() for part in each)
         share = 2 * held / (1 + held)
         assert 0.1 < share < 1
         target = weight + share * change(sum(squares), sum(asked))

@@ -89,8 +89,8 @@ class Pass:
             run = self._runs.get(type(operation))
             if run is None:
                 raise UnsupportedError(
-                    f"the model has an operation, {type(operation).__name__}, through which its scales cannot be "
-                    "tuned; leave out --distill"
+                    f"the model has an operation, {type(operation).__name__}, of which no derivative is known; leave "
+                    "out --distill, and for error feedback pass --curvature-tokens 0"
                 )
             back = run(operation)
             if self._record:

@@ -52,7 +52,6 @@ class Curvature:
     Attributes:
         spread: how far predictions are from certain: the mean over tokens of 1 - sum p^2, which is that of the sum of
             the squares of the derivatives by the logits.
-
         heads: by name, of matrices that make queries, keys and values, the sums of g g^T of derivatives by each head,
             float32 [heads, head_size, head_size].
 
@@ -81,7 +80,7 @@ class Curvature:
         `read` is told how many tokens went through a stage, of how many. WeightsError if the model computes something
         that is no number; UnsupportedError for an operation that no derivative is known of.
         """
-        chosen = _spread(chunks, tokens)
+        chosen = _some(chunks, tokens)
         count, total = len(stages.stages), chosen.tokens * (2 * len(stages.stages) - 1 - first)
         done = 0
 
@@ -237,7 +236,7 @@ def _first(stage: Stage) -> str:
     return next(op.weight.name for op in stage.operations if isinstance(op, MatMul | ExpertMatMul))
 
 
-def _spread(chunks: Chunks, tokens: int) -> Chunks:
+def _some(chunks: Chunks, tokens: int) -> Chunks:
     """So many tokens in whole chunks, taken evenly from all."""
     count = min(max(1, tokens // chunks.context), len(chunks.ids))
     picked = np.arange(count) * len(chunks.ids) // count

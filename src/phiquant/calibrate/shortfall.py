@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from phiquant.calibrate.moments import Moments, check_finite
 from phiquant.gguf import GGMLType
-from phiquant.kernels.cholesky import damped_root, solve
+from phiquant.kernels.cholesky import damped_root, in_blocks, solve
 from phiquant.kernels.dequantize import dequantize_rows
 from phiquant.kernels.ops import Weight
 
@@ -27,6 +27,7 @@ __all__ = ["DAMPING", "Shortfall"]
 DAMPING: Final = 0.1
 """What is added to the diagonal of the moments, as a part of its mean: measured best of 0.03 to 3."""
 
+_WIDTH: Final = 1024  # columns of the moments that are added to at a time
 _TRIED: Final = 256  # rows of a matrix that tell how much of a change holds
 
 Floats = NDArray[np.float32]
@@ -37,7 +38,8 @@ class Shortfall:
     """Of matrices that read the same rows, over the two halves of a text.
 
     Attributes:
-        squares: float32 [2, columns, columns], sums of x x^T.
+        squares: float32 [columns, columns], sums of x x^T, of both together; what is right of its blocks of `_WIDTH`
+            columns is left out until it is asked for.
         products: float32 [2, lacking, columns], sums of d x^T; of what the inputs lack, or the stream.
         counts: int64 [1], rows that were read.
         inputs: whether `products` are of the inputs: then lacking is columns.
@@ -51,13 +53,13 @@ class Shortfall:
     @classmethod
     def of_inputs(cls, columns: int) -> "Shortfall":
         """Of no rows; what the inputs lack is to be added."""
-        squares, products = (np.zeros((2, columns, columns), np.float32) for _ in range(2))
+        squares, products = (np.zeros((*halves, columns, columns), np.float32) for halves in ((), (2,)))
         return cls(squares, products, np.zeros(1, np.int64), True)
 
     @classmethod
     def of_stream(cls, columns: int, width: int) -> "Shortfall":
         """Of no rows; what the stream lacks is to be added."""
-        squares, products = (np.zeros((2, rows, columns), np.float32) for rows in (columns, width))
+        squares, products = np.zeros((columns, columns), np.float32), np.zeros((2, width, columns), np.float32)
         return cls(squares, products, np.zeros(1, np.int64), False)
 
     def add(self, rows: Floats, lacks: Floats, half: int) -> None:
@@ -65,27 +67,33 @@ class Shortfall:
 
         The more rows at once the better: a sum is added to as many numbers as the moments have.
         """
-        self.squares[half] += rows.T @ rows  # of one array with itself: half the work
+        for at in in_blocks(len(self.squares), _WIDTH):
+            self.squares[at.start :, at] += rows[:, at.start :].T @ rows[:, at]
         self.products[half] += lacks.T @ rows
         self.counts += len(rows)
 
     @property
     def moments(self) -> Moments:
         """Of the inputs, of the whole text."""
-        return Moments(self.squares.sum(axis=0)[None], self.counts)
+        self._complete()
+        return Moments(self.squares[None], self.counts)
+
+    def _complete(self) -> None:
+        for at in in_blocks(len(self.squares), _WIDTH):
+            self.squares[at, at.stop :] = self.squares[at.stop :, at].T
 
     def targets(self, weights: tuple[Weight, ...], name: str) -> tuple[Weight, ...]:
         """The matrices, F32, changed so that they make up for what is lacking, as far as that is more than chance.
 
         WeightsError if a sum is no number; `name` of a matrix.
         """
+        self._complete()
         for found in (self.squares, self.products):
             check_finite(found, name)
-        roots = [_root(part) for part in self.squares]
+        mean = float(np.diagonal(self.squares).mean()) or 1.0
+        root = damped_root(self.squares, DAMPING, DAMPING * mean).astype(np.float32, copy=False)
         widened = [dequantize_rows(w.data.reshape(w.rows, -1), w.type, w.rows, w.columns) for w in weights]
-        shares = [self._share(matrix, roots) for matrix in widened]
-        del roots
-        root = _root(self.squares.sum(axis=0))
+        shares = [self._share(matrix, root) for matrix in widened]
         whole = self.products.sum(axis=0)
         for matrix, share in zip(widened, shares, strict=True):
             if share > 0:
@@ -96,7 +104,7 @@ class Shortfall:
             for w, matrix in zip(weights, widened, strict=True)
         )
 
-    def _share(self, matrix: Floats, roots: list[Floats]) -> float:
+    def _share(self, matrix: Floats, root: Floats) -> float:
         """How much of the change holds on the half of the text that did not ask for it, from 0 to 1.
 
         The s for which s times the change leaves the least of what the other half lacks, both ways together, is
@@ -108,14 +116,8 @@ class Shortfall:
         asked = [matrix[some] @ part if self.inputs else part[some] for part in self.products]
         found = use = 0.0
         for mine, other in ((0, 1), (1, 0)):
-            change = solve(roots[mine], asked[mine].copy())
+            change = solve(root, asked[mine].copy())  # half of it, as the other half is in the moments too
             found += float(np.vdot(change, asked[other]))
-            use += float(np.vdot(change @ self.squares[other], change))
+            use += float(np.vdot(change @ self.squares, change))
         held = min(max(found / use, 0.0), 1.0) if use > 0 else 0.0
         return 2 * held / (1 + held)
-
-
-def _root(squares: Floats) -> Floats:
-    """Triangular factor of the damped moments."""
-    mean = float(np.diagonal(squares).mean()) or 1.0
-    return damped_root(squares, DAMPING, DAMPING * mean).astype(np.float32, copy=False)
