@@ -75,14 +75,13 @@ class Chunks:
         another that are never so in it, make matrices see more of what they may be given. A token that is in the text
         is drawn with the root of its frequency, one that is not in one case of four.
         """
-        ids, random = self.ids.copy(), np.random.default_rng(0)
-        places = [int((k + 1) / share) - 1 for k in range(int(len(ids) * share))]
+        places = [int((k + 1) / share) - 1 for k in range(int(len(self.ids) * share))]
         if not places:
             return self
-        chances = _chances(self.ids, tokenizer)
+        ids, random, chances = self.ids.copy(), np.random.default_rng(0), _chances(self.ids, tokenizer)
+        start = int(tokenizer.add_bos and tokenizer.bos_id is not None)
         for k, place in enumerate(places):
             place -= (place - k) % 2  # so that both halves of a text, every other chunk of it, get as many
-            start = int(tokenizer.add_bos and tokenizer.bos_id is not None)
             ids[place, start:] = random.choice(len(chances), self.context - start, p=chances)
         return replace(self, ids=ids)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,34 +122,22 @@ def feedback(
             raise RequestError(f"there is no file {statistics} yet; give the text to collect it from with --calibrate.")
         read = text_of(text) if text is not None and found is None else ""
         model = original.path()
+        made_ready = partial(
+            Feedback,
+            model,
+            read,
+            dataset=str(text),
+            tokens=tokens,
+            search=search,
+            threads=threads,
+            tell=notices.progress,
+        )
         if statistics is not None and found is None:
-            with (
-                Feedback(
-                    model,
-                    read,
-                    dataset=str(text),
-                    tokens=tokens,
-                    search=search,
-                    threads=threads,
-                    tell=notices.progress,
-                ) as made,
-                ReadingBar("collecting", 1, quiet=quiet) as bar,
-            ):
+            with made_ready() as made, ReadingBar("collecting", 1, quiet=quiet) as bar:
                 notices.clear()
                 made.collect(statistics, bar.advanced)
             found = stack.enter_context(MomentsFile.open(statistics))
-        made = stack.enter_context(
-            Feedback(
-                model,
-                read,
-                dataset=str(text),
-                tokens=tokens,
-                search=search,
-                statistics=found,
-                threads=threads,
-                tell=notices.progress,
-            )
-        )
+        made = stack.enter_context(made_ready(statistics=found))
         notices.clear()
         calibrated = Calibrated(
             str(text or statistics), made.entries, include, exclude, made.remarks, embedding=made.embedding

@@ -8,12 +8,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 
 from ..errors import RequestError
+from ..gguf.closing import Closing
 from .measure import Block
 
 __all__ = ["Transformers"]
@@ -22,7 +22,7 @@ _WORKER: Final = Path(__file__).with_name("oracle_worker.py")
 _BLOCK_BYTES: Final = 1 << 24
 
 
-class Transformers:
+class Transformers(Closing):
     """Logits of a checkpoint in float32 by transformers; a context manager, which ends the process.
 
     Args:
@@ -120,11 +120,3 @@ class Transformers:
                     pipe.close()
         self._process.wait()
         self._errors.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
