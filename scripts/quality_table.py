@@ -5,8 +5,9 @@
 
 Makes of every checkpoint an F32 file, of that with llama-imatrix and llama-quantize a file of every type, with
 `phiquant quantize --calibrate` another one, and with `--budget` one of the same size; measures each beside the F32 file
-on every text, by `phiquant perplexity` and by llama-perplexity. Prints Markdown as it goes; with --out it writes
-quality.json and a plot for every model there. What is made once is found again by --work.
+on every text, by `phiquant perplexity` and by llama-perplexity, and once more with its weights widened to F32. Prints
+Markdown as it goes; with --out it writes quality.json and a plot for every model there. What is made once is found
+again by --work.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from pathlib import Path
 from phiquant.gguf import open_model
 
 TYPES = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M,IQ1_M,IQ2_XXS,IQ2_M,IQ3_XXS,Q4_0"
-MIXED = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
 CONTEXT = 512
 READ = (4096, 16384, 65536)  # tokens of calibration, to see whether more of them help
 
@@ -91,6 +91,14 @@ class Bench:
             read = ("--calibrate", self.calibration, "--calibration-tokens", self.tokens)
             ours("quantize", "-q", "--no-measure", *read, "--budget", size, self.whole, path)
         return path
+
+    def widened(self, path: Path, maker: str, kind: str, texts: dict[str, Path]) -> list[Row]:
+        """As `measured` on every text, the weights in F32: activations that meet them are not rounded to 8 bits."""
+        wide = path.with_name(f"{path.stem}-widened.gguf")
+        ours("quantize", "-q", "--allow-requantize", path, wide, "F32")
+        found = [self.measured(wide, f"{maker}, widened", kind, name, text) for name, text in texts.items()]
+        wide.unlink()
+        return found
 
     def measured(self, path: Path, maker: str, kind: str, name: str, text: Path) -> Row:
         """By our engine, beside the F32 file."""
@@ -169,6 +177,25 @@ def mixes(bench: Bench, types: list[str], texts: dict[str, Path]) -> list[Row]:
     return rows
 
 
+def alone(bench: Bench, types: list[str], texts: dict[str, Path]) -> list[Row]:
+    """What the weights of all three cost where nothing else is rounded."""
+    rows = []
+    print(f"\n### {bench.name}: weights alone\n")
+    line("type", *(f"{text}: {what}" for text in texts for what in ("theirs", "ours", "ratio", "mix", "ratio")))
+    line("---", *["--:"] * 5 * len(texts))
+    for kind in types:
+        theirs = bench.theirs(kind)
+        mix = bench.mixed(kind, theirs.stat().st_size)
+        files = {"llama.cpp": theirs, "feedback": bench.made(kind), "mix": mix}
+        found = [bench.widened(path, maker, kind, texts) for maker, path in files.items()]
+        cells: list[object] = []
+        for a, b, c in zip(*found, strict=True):
+            rows += [a, b, c]
+            cells += [a.mean, b.mean, f"{b.mean / a.mean:.2f}", c.mean, f"{c.mean / a.mean:.2f}"]
+        line(kind, *cells)
+    return rows
+
+
 def readings(bench: Bench, texts: dict[str, Path], calibrations: list[Path], kinds: list[str]) -> None:
     """More and other text to calibrate on."""
     print(f"\n### {bench.name}: what is read for the calibration\n")
@@ -220,7 +247,7 @@ def main() -> None:
     p.add_argument("--crossed", type=Path, help="another text to calibrate on, of another kind")
     p.add_argument("--evaluation", action="append", required=True, metavar="NAME=TEXT")
     p.add_argument("--types", default=TYPES)
-    p.add_argument("--parts", default="beside,mixes,readings")
+    p.add_argument("--parts", default="beside,mixes,alone,readings")
     p.add_argument("--windows", type=int, default=40, help=f"of {CONTEXT} tokens, of every text")
     p.add_argument("--tokens", type=int, default=READ[-1], help="that ours reads of the calibration text")
     p.add_argument("--work", type=Path, help="keep what is made in this folder, and use what is there")
@@ -236,7 +263,9 @@ def main() -> None:
             if "beside" in parts:
                 rows += beside(bench, types, texts)
             if "mixes" in parts:
-                rows += mixes(bench, [kind for kind in types if kind in MIXED], texts)
+                rows += mixes(bench, types, texts)
+            if "alone" in parts:
+                rows += alone(bench, types, texts)
             if "readings" in parts:
                 readings(bench, texts, [a.calibration, *([a.crossed] if a.crossed else [])], ["Q4_K_M", "Q2_K"])
             if a.out is not None:

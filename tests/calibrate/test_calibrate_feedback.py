@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -512,3 +513,19 @@ def test_some_chunks_are_drawn_at_random(short: Path, text: str) -> None:
     assert np.array_equal(mixed.ids, whole.with_drawn(tokenizer, 1 / 3).ids)
     assert np.array_equal(whole.with_drawn(tokenizer, 0).ids, whole.ids)
     assert np.array_equal(Chunks(whole.ids[:2], "t").with_drawn(tokenizer, 1 / 3).ids, whole.ids[:2])
+    part = Chunks(whole.ids[:3], "t")
+    of_all = part.with_drawn(tokenizer, 1 / 3, of=whole).ids[2, 1:]
+    assert np.isin(of_all, whole.ids).mean() > np.isin(part.with_drawn(tokenizer, 1 / 3).ids[2, 1:], whole.ids).mean()
+    marks = SimpleNamespace(
+        add_bos=False, bos_id=None, vocabulary=SimpleNamespace(types=np.full(32064, TokenType.CONTROL))
+    )
+    assert whole.with_drawn(marks, 1 / 3) is whole, "there are no words to draw"  # type: ignore[arg-type]
+
+
+def test_derivatives_are_of_more_tokens_where_they_cost_little(short: Path, text: str) -> None:
+    assert Search().settled(50_000_000).curvature_tokens == 8192
+    assert Search().settled(3_800_000_000).curvature_tokens == 2048
+    assert Search(curvature_tokens=0).settled(50_000_000).curvature_tokens == 0
+    with Feedback(short, text, dataset="text", tokens=TOKENS) as model:
+        search = next(entry.value for entry in model.entries if entry.key == "phiquant.quantize.search")
+    assert "curvature of 8192 tokens" in str(search)

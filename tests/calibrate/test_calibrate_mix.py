@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,47 @@ def test_a_mix_is_nearer_than_the_file_type_of_its_size(known: Known, tiny: Path
         theirs, ours = (held.divergence(substitutes.all(chosen)) for chosen in (types, mix.types))
     print(f"{name}: {theirs:.5f}, the mix {ours:.5f}, {ours / theirs:.2f}")
     assert ours < 0.95 * theirs  # 0.11, 0.22, 0.39, 0.47 and 0.88 when this was written
+
+
+def test_what_costs_more_in_the_file_is_given_more(known: Known) -> None:
+    room, name = known.menu.bytes(known.file_type("IQ4_XS")), "token_embd.weight"
+    assert known.menu.feedback_factors == {name: 2.0}, "it is the output too"
+    some, more = (
+        find_mix(
+            known.probe,
+            known.menu.weights,
+            known.menu.types,
+            room,
+            known=known.sensitivities,
+            rounds=0,
+            factors=factors,
+        )
+        for factors in ({}, {name: 8.0})
+    )
+    assert more.types[name].bits_per_weight > some.types[name].bits_per_weight
+    assert known.menu.bytes(more.types) <= room
+    assert more.predicted == known.sensitivities.total(more.types), "as the quantizer makes them that measured them"
+    assert more.costs[name] == known.sensitivities.cost(name, more.types[name])
+
+
+def test_an_output_of_its_own_costs_no_more_unless_experts_are_chosen(known: Known) -> None:
+    alone = replace(known.menu, others=[*known.menu.others, "output.weight"])
+    assert alone.feedback_factors == {}
+    first, *rest = alone.weights
+    experts = replace(first, tensor=replace(first.tensor, shape=(2, *first.tensor.shape)))
+    assert replace(alone, weights=[experts, *rest]).feedback_factors == {"token_embd.weight": 2.0}
+
+
+def test_some_of_what_is_read_is_drawn_at_random(known: Known, tiny: Path) -> None:
+    text, name = (MODEL / "calibration.txt").read_text("utf-8"), "token_embd.weight"
+    coarse = Substitutes(known.probe, known.menu.weights, quantized).all({name: GGMLType.Q2_K})
+    found = []
+    for drawn in (0.0, 0.5, 0.5):
+        with Probe(tiny, text, tokens=512, context=256, drawn=drawn) as probe:
+            assert probe.tokens == 512
+            found.append(probe.divergence(coarse))
+    assert found[1] == found[2], "the same tokens each time"
+    assert found[1] > 1.2 * found[0], "it is worse at words that the text does not have"
 
 
 def test_a_wrong_prediction_is_corrected(known: Known) -> None:

@@ -95,6 +95,8 @@ def test_feedback_is_the_default_from_a_checkpoint_a_file_and_statistics(
     assert not same("file", "plain")
     for name, method in (("file", "feedback"), ("second", "feedback"), ("plain", None)):
         assert found[name].get("phiquant.quantize.method", str, None) == method
+    assert "curvature" in found["file"].require("phiquant.quantize.search", str)
+    assert found["second"].require("phiquant.quantize.search", str).endswith(" sweeps"), "nothing else was asked of it"
     assert found["file"].require("phiquant.quantize.tokens", int) == found["second"].require(
         "phiquant.quantize.tokens", int
     )
@@ -165,6 +167,10 @@ def test_how_blocks_are_sought_can_be_said(short: Path, tmp_path: Path, monkeypa
         ),
         ({"search": SearchOptions(drawn_share=0.1), "calibrate": None}, "--drawn-share is for --method feedback"),
         ({"search": SearchOptions(column_order="size")}, "--column-order is activation or file, not 'size'"),
+        (
+            {"statistics": Path("s.gguf"), "search": SearchOptions(curvature_tokens=512)},
+            "--curvature-tokens reads a text, and --statistics rounds without one",
+        ),
         ({"search": SearchOptions(damping=-1.0)}, "a damping of -1 was asked for"),
         ({"search": SearchOptions(drawn_share=0.6), "dry_run": True}, "0.6 of the text was to be drawn"),
     ],

@@ -4,8 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Final, Self
 
+from phiquant.arch import names
 from phiquant.calibrate.candidates import Weighted, candidates
 from phiquant.calibrate.limit import Limit
 from phiquant.calibrate.mix import Mix, smallest, weight_bytes
@@ -23,6 +24,11 @@ __all__ = ["Menu", "Planner", "mix_entries", "room_for"]
 
 Planner = Callable[[Target, Options, Sequence[Entry]], Plan]
 """The plan of a file from its type, the options that choose types, and further metadata."""
+
+EMBEDDING: Final = 2.0
+"""How much more an embedding costs beside other weights where error feedback rounds them than by importance alone: it
+makes others three to five times better, and an embedding that is the output too, or decides what routers choose, less
+so. Others gain as much as the rest. Measured of 1, 2, 4 and 8 on the files of docs/quality.md."""
 
 # The mixture whose name llama.cpp gives to a file by the type that most of it has.
 _NAMED = {
@@ -89,6 +95,13 @@ class Menu:
         most = next((kind for kind, _ in size.most_common() if kind.is_quantized), GGMLType.Q8_0)
         named = _NAMED.get(most) or next(file for file, kind in DEFAULT_TYPES.items() if kind is most)
         return Target(named), options
+
+    @property
+    def feedback_factors(self) -> dict[str, float]:
+        """For `find_mix`, where error feedback makes the file."""
+        found = {*(weight.tensor.name for weight in self.weights), *self.others}
+        tied, routed = names.OUTPUT not in found, any(len(weight.tensor.shape) > 2 for weight in self.weights)
+        return {names.TOKEN_EMBD: EMBEDDING} if tied or routed else {}
 
     def plan(self, planned: Planner, types: Mapping[str, GGMLType], entries: Sequence[Entry]) -> Plan:
         """The plan of a file with these types. Errors as `planned`."""

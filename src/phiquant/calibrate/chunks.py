@@ -68,17 +68,20 @@ class Chunks:
             chunks[:, 0] = tokenizer.bos_id
         return cls(chunks, dataset, tuple(remarks))
 
-    def with_drawn(self, tokenizer: Tokenizer, share: float) -> "Chunks":
+    def with_drawn(self, tokenizer: Tokenizer, share: float, of: "Chunks | None" = None) -> "Chunks":
         """The same with every so many-th chunk replaced by tokens drawn at random, in no order: `share` of all.
 
         What is learned from one text alone holds less for others: words that it does not have, and words beside one
         another that are never so in it, make matrices see more of what they may be given. A token that is in the text
         is drawn with the root of its frequency, one that is not in one case of four.
+
+        `of`: the text; None for these chunks.
         """
         places = [int((k + 1) / share) - 1 for k in range(int(len(self.ids) * share))]
-        if not places:
+        chances = _chances((of or self).ids, tokenizer)
+        if not places or not chances.any():
             return self
-        ids, random, chances = self.ids.copy(), np.random.default_rng(0), _chances(self.ids, tokenizer)
+        ids, random = self.ids.copy(), np.random.default_rng(0)
         start = int(tokenizer.add_bos and tokenizer.bos_id is not None)
         for k, place in enumerate(places):
             place -= (place - k) % 2  # so that both halves of a text, every other chunk of it, get as many
@@ -102,15 +105,14 @@ class Chunks:
 
 
 def _chances(ids: NDArray[np.int32], tokenizer: Tokenizer) -> NDArray[np.float64]:
-    """How likely each token is to be drawn."""
+    """How likely each token is to be drawn; 0 for all in a vocabulary of no plain ones."""
     plain = tokenizer.vocabulary.types == TokenType.NORMAL
     found: NDArray[np.float64] = np.sqrt(np.bincount(ids.reshape(-1), minlength=len(plain))[: len(plain)]) * plain
     unseen = plain & (found == 0)
     seen = found.sum()
-    if unseen.any() and seen:
-        found[unseen] = seen * _UNSEEN / (1 - _UNSEEN) / unseen.sum()
-    found /= found.sum()
-    return found
+    if unseen.any():
+        found[unseen] = (seen * _UNSEEN / (1 - _UNSEEN) or 1.0) / unseen.sum()
+    return found / (found.sum() or 1.0)
 
 
 def cut(ids: NDArray[np.int32], context: int, skip: int, chunks: int | None) -> NDArray[np.int32]:

@@ -10,6 +10,7 @@ what errors of the stream cost behind each stage, which is known of `curvature` 
             + 4 columns² for the moments, some eight times as much while they are factorized
 """
 
+import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -98,12 +99,12 @@ class Feedback(Closing):
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self._threads, self._statistics = threads, statistics
-        self._search = search = search or Search()
-        self.embedding = statistics is None and search.curvature_tokens > 0
         self._backend = select(backend, tell)
         self._gguf = open_model(path)
         try:
             self._config = arch.load(self._gguf)
+            search = (search or Search()).settled(sum(math.prod(t.shape) for t in self._gguf.tensors.values()))
+            self._search, self.embedding = search, statistics is None and search.curvature_tokens != 0
             if statistics is None:
                 tokenizer = Tokenizer.from_gguf(self._gguf)
                 chunks = Chunks.of(text, tokenizer, dataset, tokens=tokens, context=context)
@@ -223,7 +224,7 @@ class Feedback(Closing):
             self._chunks,
             Rope(self._config.rotary),
             self._backend,
-            tokens=self._search.curvature_tokens,
+            tokens=self._search.curvature_tokens or 0,
             first=first,
             threads=self._threads,
             read=read,
@@ -349,7 +350,7 @@ def entries(tokens: int, dataset: str, digest: str, search: Search, statistics: 
         string(keys.QUANTIZE_DATASET, _shortened(dataset)),
         string(keys.QUANTIZE_DATASET_HASH, digest),
         uint32(keys.QUANTIZE_TOKENS, tokens),
-        string(keys.QUANTIZE_SEARCH, str(search)),
+        string(keys.QUANTIZE_SEARCH, str(search) if statistics is None else search.of_blocks),
     ]
     return found if statistics is None else [*found, string(keys.QUANTIZE_STATISTICS, _shortened(statistics))]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from phiquant.calibrate.allocate import Choice, allocate
@@ -74,6 +75,7 @@ def find_mix(
     groups: int = DEFAULT_GROUPS,
     rounds: int = DEFAULT_ROUNDS,
     tolerance: float = DEFAULT_TOLERANCE,
+    factors: Mapping[str, float] = MappingProxyType({}),
     told: Stage = lambda what, done, total: None,
 ) -> Mix:
     """The types that make the model diverge least from itself, with at most `budget` bytes for these weights.
@@ -88,6 +90,8 @@ def find_mix(
         groups: groups of weights that are measured on their own, at most.
         rounds: how often the mix is corrected by what is measured of it, at most; 0 measures it once.
         tolerance: what a prediction may be off, as a share of what was measured, before anything is corrected.
+        factors: by `kind_of`, how much more some weights will cost beside the others in the file than by `quantizer`,
+            where another one makes it. They change what is chosen, not what is predicted of it.
         told: is told how far it is.
 
     RequestError if the budget is below the smallest possible; others as `Probe.divergence` and the quantizer.
@@ -97,7 +101,7 @@ def find_mix(
     if known is None:
         known = measure(probe, weights, types, quantizer, groups=groups, told=told)
     substitutes = Substitutes(probe, weights, quantizer)
-    chosen = _allocated(weights, types, known, budget)
+    chosen = _allocated(weights, types, known.scaled(factors), budget)
     made = substitutes.all(chosen)
     kinds = sorted({kind_of(name) for name in chosen})
     steps, done = 1 + rounds * (len(kinds) + 1), 0
@@ -115,7 +119,7 @@ def find_mix(
     for _ in range(rounds):
         if abs(found - known.total(chosen)) <= tolerance * found:
             break
-        factors = {}
+        corrections = {}
         for kind in kinds:
             finer = {
                 name: exact[name]
@@ -128,9 +132,9 @@ def find_mix(
                 done += 1
                 continue
             without = measured({**best_made, **substitutes.all(finer)})
-            factors[kind] = min(max((found - without) / expected, 1 / _CORRECTION), _CORRECTION)
-        known = known.scaled(factors)
-        again = _allocated(weights, types, known, budget)
+            corrections[kind] = min(max((found - without) / expected, 1 / _CORRECTION), _CORRECTION)
+        known = known.scaled(corrections)
+        again = _allocated(weights, types, known.scaled(factors), budget)
         if again == chosen:
             best = Mix(chosen, _costs(known, chosen), known.total(chosen), found, first)
             break

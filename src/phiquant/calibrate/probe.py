@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phiquant import arch
-from phiquant.calibrate.chunks import chunk_step, cut
+from phiquant.calibrate.chunks import Chunks, chunk_step, cut
 from phiquant.errors import RequestError
 from phiquant.eval.rows import LogitRows, compare
 from phiquant.gguf import open_model
@@ -36,6 +36,7 @@ class Probe(Closing):
         text: what the model reads, as `Calibration` reads it: chunks with the token of beginning in front.
         context: tokens of a chunk.
         tokens: read about this many, in chunks that lie evenly in the text.
+        drawn: part of these chunks in which tokens are drawn at random instead, as `Chunks.with_drawn` has it.
         threads: native threads; 0 for as many as the process may use.
         backend: as for `LLM.load`.
         tell: is told, in a line, what takes its time.
@@ -57,7 +58,8 @@ class Probe(Closing):
         text: str,
         *,
         context: int = 512,
-        tokens: int = 1024,
+        tokens: int = 1536,
+        drawn: float = 0.0,
         threads: int = 0,
         backend: str = "auto",
         tell: Callable[[str], None] | None = None,
@@ -72,9 +74,11 @@ class Probe(Closing):
             context = min(context, config.context_length, max(len(ids) // 2, 2))
             chunks = cut(ids, context, 0, None)
             count = max(1, min(len(chunks), round(tokens / context)))
-            self._chunks = chunks[np.arange(count) * len(chunks) // count].copy()
+            whole = Chunks(chunks, "")
+            picked = Chunks(chunks[np.arange(count) * len(chunks) // count].copy(), "")
             if tokenizer.add_bos and tokenizer.bos_id is not None:
-                self._chunks[:, 0] = tokenizer.bos_id
+                picked.ids[:, 0] = tokenizer.bos_id
+            self._chunks = picked.with_drawn(tokenizer, drawn, of=whole).ids
             self.tokens = count * context
             stride = max(1, -(-self.tokens * config.vocab_size * 4 // _BASE_BYTES))
             self._outputs = np.arange(stride - 1, context, stride, dtype=np.int32)

@@ -1,8 +1,9 @@
 """What error feedback does how often and by what: options with measured defaults."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from phiquant.calibrate import chunks, curvature
+from phiquant.calibrate import chunks
+from phiquant.calibrate.curvature import Curvature
 from phiquant.errors import RequestError
 from phiquant.kernels import feedback
 
@@ -21,7 +22,7 @@ class Search:
         rounds: how often scales and levels of a block are fitted to one another before the next one.
         sweeps: how often all blocks of a row are gone through once more.
         curvature_tokens: of how many tokens it is computed what errors of the residual stream cost; 0 for none: then
-            all count alike, and an embedding that is not the output is rounded plainly.
+            all count alike, and an embedding that is not the output is rounded plainly. None: as the model is large.
         drawn: part of the chunks of a text in which tokens are drawn at random.
     """
 
@@ -29,7 +30,7 @@ class Search:
     by_activation: bool = True
     rounds: int = feedback.ROUNDS
     sweeps: int = feedback.SWEEPS
-    curvature_tokens: int = curvature.DEFAULT_TOKENS
+    curvature_tokens: int | None = None
     drawn: float = chunks.DRAWN
 
     def __post_init__(self) -> None:
@@ -39,12 +40,20 @@ class Search:
         if not 0 <= self.drawn <= _MOST_DRAWN:
             raise RequestError(f"{self.drawn:g} of the text was to be drawn at random; 0 to {_MOST_DRAWN:g} can be.")
         for what, count in (("rounds", self.rounds), ("sweeps", self.sweeps), ("tokens", self.curvature_tokens)):
-            if count < 0:
+            if count is not None and count < 0:
                 raise RequestError(f"{count} {what} were asked for; there cannot be fewer than none.")
 
-    def __str__(self) -> str:
+    def settled(self, weights: int) -> "Search":
+        """The same for a model of so many weights."""
+        if self.curvature_tokens is not None:
+            return self
+        return replace(self, curvature_tokens=Curvature.default_tokens(weights))
+
+    @property
+    def of_blocks(self) -> str:
+        """What is said of it where no text is read."""
         order = "by activation" if self.by_activation else "as in the file"
-        return (
-            f"damping {self.damping:g}, columns {order}, {self.rounds} rounds, {self.sweeps} sweeps, "
-            f"curvature of {self.curvature_tokens} tokens, {self.drawn:.2g} drawn"
-        )
+        return f"damping {self.damping:g}, columns {order}, {self.rounds} rounds, {self.sweeps} sweeps"
+
+    def __str__(self) -> str:
+        return f"{self.of_blocks}, curvature of {self.curvature_tokens} tokens, {self.drawn:.2g} drawn"

@@ -1,5 +1,6 @@
 """What `quantize --calibrate` does before it writes: importance collected, or a model made ready for error feedback."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -78,6 +79,7 @@ def assumed_importance(
 
 
 def assumed_calibration(
+    source: Source,
     text: Path | None,
     statistics: Path | None,
     search: Search,
@@ -86,13 +88,14 @@ def assumed_calibration(
     exclude: Sequence[str] = (),
 ) -> Calibrated:
     """For a dry run: the plan and its size are those with error feedback from that text, or those statistics."""
+    search = search.settled(sum(math.prod(tensor.shape) for tensor in source.tensors))
     dataset = str(text)
     if statistics is not None and statistics.exists():
         with MomentsFile.open(statistics) as file:
             dataset = file.dataset
     named = None if statistics is None else str(statistics)
     entries = feedback_entries(0, dataset, "0" * 64, search, named)
-    embedding = statistics is None and search.curvature_tokens > 0
+    embedding = statistics is None and search.curvature_tokens != 0
     return Calibrated(str(text or statistics), entries, include, exclude, embedding=embedding)
 
 

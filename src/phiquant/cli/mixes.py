@@ -12,7 +12,8 @@ from phiquant.gguf import GGMLType
 
 __all__ = ["DEFAULT_TOKENS", "Choice", "MixOptions"]
 
-DEFAULT_TOKENS: Final = 1024
+DEFAULT_TOKENS: Final = 1536
+"""Three chunks, tokens of one being drawn at random."""
 
 
 @dataclass(frozen=True)

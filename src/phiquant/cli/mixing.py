@@ -16,6 +16,7 @@ from rich.table import Table
 
 from phiquant.calibrate.budget import Menu, Planner, mix_entries, room_for
 from phiquant.calibrate.candidates import READERS
+from phiquant.calibrate.chunks import DRAWN
 from phiquant.calibrate.limit import Limit
 from phiquant.calibrate.mix import Mix, find_mix, weight_bytes
 from phiquant.calibrate.planfile import PlanFile
@@ -51,15 +52,18 @@ def budgeted(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tokens: Callable[[], int | None] = lambda: None,
+    drawn: float | None = None,
     quantizer: Quantizer | None = None,
+    feedback: bool = False,
     threads: int = 0,
     quiet: bool = False,
 ) -> tuple[Choice, Importance] | None:
     """The best mix for a budget, and the importance by which it was found; None if that was only to be shown.
 
     `text` is read to measure, and for importance if none is `given`, then so many of its `tokens` as are told once all
-    else makes sense; None for all. `quantizer` None: the usual one. Errors as for `Calibration`, `find_mix` and what
-    `sources` makes.
+    else makes sense; None for all. `drawn`: as for `Probe`, None for the usual. `quantizer` None: the usual one;
+    `feedback`: error feedback will make the file instead. Errors as for `Calibration`, `find_mix` and what `sources`
+    makes.
     """
     assert options.budget is not None
     used = quantizer or partial(quantized, threads=threads)
@@ -82,15 +86,23 @@ def budgeted(
         stored = stack.enter_context(open_source(model)) if model != source.files[0] else source
         menu = Menu.of(stored, sources(stored), recipe, importance, allowed)
         planner = sources(source)
+        factors = menu.feedback_factors if feedback else {}
         room = room_for(menu, planner, limit, origin)
         notices = Notices(quiet=quiet)
         begin = time.perf_counter()
         probe = stack.enter_context(
-            Probe(model, read, tokens=options.sensitivity_tokens, threads=threads, tell=notices.progress)
+            Probe(
+                model,
+                read,
+                tokens=options.sensitivity_tokens,
+                drawn=DRAWN if drawn is None else drawn,
+                threads=threads,
+                tell=notices.progress,
+            )
         )
         notices.clear()
         with _StageBar(probe.tokens, quiet=quiet) as bar:
-            mix = find_mix(probe, menu.weights, menu.types, room, quantizer=used, told=bar.advanced)
+            mix = find_mix(probe, menu.weights, menu.types, room, quantizer=used, factors=factors, told=bar.advanced)
         seconds = time.perf_counter() - begin
         found = PlanFile(mix, limit.text, origin)
         if options.save_plan is not None:

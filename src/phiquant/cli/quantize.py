@@ -222,6 +222,7 @@ def _assumed(source: Source, options: QuantizeOptions, method: str) -> Statistic
 
         return Statistics(
             calibrated=calibration.assumed_calibration(
+                source,
                 options.calibrate,
                 options.statistics,
                 calibration.Search(**options.search.given),
@@ -274,6 +275,8 @@ def _mix(
         include=options.include_weights,
         exclude=options.exclude_weights,
         tokens=lambda: _fewest(options.calibration_tokens, most()),
+        drawn=options.search.drawn_share,
+        feedback=assumed.calibrated is not None,
         threads=threads,
         quiet=options.quiet,
     )

@@ -158,6 +158,10 @@ def method_of(options: QuantizeOptions) -> str:
         raise RequestError("--imatrix and --calibrate both give an importance matrix; choose one of them.")
     if options.statistics is not None and method != "feedback":
         raise RequestError(f"--statistics is for --method feedback, not {method}; leave it out.")
+    if options.statistics is not None and options.search.curvature_tokens is not None:
+        raise RequestError(
+            "--curvature-tokens reads a text, and --statistics rounds without one; leave one of them out."
+        )
     if method == "feedback" and not reads:
         raise RequestError("--method feedback needs a text that the model reads; give one with --calibrate TEXT.")
     if method == "imatrix" and text is None and options.imatrix is None:

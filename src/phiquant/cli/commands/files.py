@@ -165,7 +165,8 @@ def quantize(
             "--curvature-tokens",
             metavar="N",
             min=0,
-            help="For feedback: learn from so many tokens which errors cost most; 2048 by default, 0 for none.",
+            help="For feedback: learn from so many tokens which errors cost most; 8192 by default, 2048 for models "
+            "of a billion weights and more, 0 for none.",
         ),
     ] = None,
     drawn_share: Annotated[

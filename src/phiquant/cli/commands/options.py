@@ -30,7 +30,7 @@ __all__ = [
 
 CACHE_TYPES = "f16, f32, q8_0, q4_0"  # `kernels.cache_types` is imported by verbs that run models alone
 
-MIX_TOKENS = 1024  # as in `mixes`, which loads the converter
+MIX_TOKENS = 1536  # as in `mixes`, which loads the converter
 
 _checkpoint = Argument(metavar="MODEL", help="A checkpoint's folder, or a repository: owner/name[@revision].")
 Checkpoint = Annotated[str, _checkpoint]
