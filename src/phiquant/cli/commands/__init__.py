@@ -10,7 +10,8 @@ from typing import Any
 __all__ = ["GROUPS"]
 
 GROUPS = {
-    "files": ("convert", "quantize", "split", "merge", "verify", "inspect"),
+    "quantizing": ("quantize",),
+    "files": ("convert", "split", "merge", "verify", "inspect"),
     "models": ("run", "compare", "bench", "doctor"),
     "serving": ("serve",),
     "measures": ("imatrix", "perplexity", "measure", "report", "certify"),
