@@ -53,8 +53,8 @@ class Model:
 @pytest.fixture
 def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what choices of experts cost."""
-    monkeypatch.setattr(curvature, "NEAR", 0.0)
-    monkeypatch.setattr(curvature, "FAR", 0.0)
+    for name in ("NEAR", "FAR", "EMBEDDED"):
+        monkeypatch.setattr(curvature, name, 0.0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -105,11 +105,12 @@ def test_where_a_router_decides_errors_cost_more(monkeypatch: pytest.MonkeyPatch
         if isinstance(op, Route)
     ]  # fmt: skip
     before = next(i for i, stage in enumerate(model.cut.stages) if route in stage.operations)
-    rows = model.through(model.cut.embedded(chunks().ids), 0, before)
+    embedded = model.cut.embedded(chunks().ids)
+    assert before > 0
 
     def moved(found: Curvature, stage: int) -> float:
         """How far the router's logits are moved by errors that cost 1, on average over the directions."""
-        moments = found.moments(stage)
+        moments, rows = found.moments(stage), model.through(embedded, 0, stage)
         mean = moments.sums[0].astype(np.float64) / moments.counts[0] + 1e-9 * np.eye(moments.sums.shape[1])
         errors = np.linalg.inv(np.linalg.cholesky(mean)).T @ np.random.default_rng(2).standard_normal((len(mean), 1))
         errors *= 1e-3 / np.abs(errors).max()
@@ -117,10 +118,14 @@ def test_where_a_router_decides_errors_cost_more(monkeypatch: pytest.MonkeyPatch
 
         def scores(x: np.ndarray) -> np.ndarray:
             router = Pass(made, Tuned({}, tune=False), model.attending, record=False)
-            return router.forward(model.cut.embed.out, x.astype(np.float32), route.logits).astype(np.float64)
+            x = model.through(x.astype(np.float32), stage, before)
+            return router.forward(model.cut.embed.out, x, route.logits).astype(np.float64)
 
         return float(np.square(scores(rows + errors[:, 0]) - scores(rows)).mean() / scale)
 
+    embedding = moved(model.curvature(), 0)
+    monkeypatch.setattr(curvature, "EMBEDDED", curvature.NEAR)
+    assert embedding < moved(model.curvature(), 0), "nothing else makes up for an embedding's errors"
     told = moved(model.curvature(), before)
     monkeypatch.setattr(curvature, "NEAR", 0.0)
     far = moved(model.curvature(), before)
