@@ -26,9 +26,9 @@ Planner = Callable[[Target, Options, Sequence[Entry]], Plan]
 """The plan of a file from its type, the options that choose types, and further metadata."""
 
 EMBEDDING: Final = 2.0
-"""How much more an embedding costs beside other weights where error feedback rounds them than by importance alone: it
-makes others three to five times better, and an embedding that is the output too, or decides what routers choose, less
-so. Others gain as much as the rest. Measured of 1, 2, 4 and 8 on the files of docs/quality.md."""
+"""How much more an embedding that is the output too, or that decides what routers choose, costs beside other weights
+where error feedback makes the file: it gains less than they do, any other embedding as much. Best of 1, 2, 4 and 8 for
+the size of Q4_K_M (docs/log.md)."""
 
 # The mixture whose name llama.cpp gives to a file by the type that most of it has.
 _NAMED = {

@@ -78,8 +78,10 @@ class Chunks:
         `of`: the text; None for these chunks.
         """
         places = [int((k + 1) / share) - 1 for k in range(int(len(self.ids) * share))]
+        if not places:
+            return self
         chances = _chances((of or self).ids, tokenizer)
-        if not places or not chances.any():
+        if not chances.any():
             return self
         ids, random = self.ids.copy(), np.random.default_rng(0)
         start = int(tokenizer.add_bos and tokenizer.bos_id is not None)

@@ -29,8 +29,7 @@ from phiquant.model import Rope
 
 __all__ = ["Curvature"]
 
-_MOST, _FEWEST, _SMALL = 8192, 2048, 1 << 30
-
+_LARGE: Final = 1 << 30  # weights of a model whose derivatives take long
 
 NEAR: Final = 64.0
 """What it costs that the next router is nearer to another choice, beside what an error behind the last block costs: a
@@ -125,10 +124,10 @@ class Curvature:
     def default_tokens(weights: int) -> int:
         """Tokens of a text by which derivatives of a model of so many weights are taken, if it has as many.
 
-        Four times as many make mixtures a tenth better and others a twentieth, but of a large model derivatives by few
-        take a tenth of all the time already.
+        8,192 instead of 2,048 made a mixture 5 to 8 % better and dense models up to 6 %, but of a model of 3.8 G
+        parameters 2,048 take a tenth of all the time already.
         """
-        return _MOST if weights < _SMALL else _FEWEST
+        return 8192 if weights < _LARGE else 2048
 
     def moments(self, stage: int) -> Moments:
         """Sum of g g^T, of what the stage of that number reads."""

@@ -177,7 +177,8 @@ class Feedback(Closing):
         first = saved.read(rows) if saved is not None else None
         if first is None or not all(writing.is_done(group) for stage in stages[:first] for group in stage.groups):
             first = 0
-        costs = self._curvature(cut, first, progress) if self._search.curvature_tokens else None
+        curved = self._search.curvature_tokens
+        costs = self._curvature(cut, first, curved, progress) if curved else None
         if first == 0:
             rows[0] = cut.embedded(
                 self._chunks.ids,
@@ -214,7 +215,7 @@ class Feedback(Closing):
         rope = Rope(self._config.rotary)
         return Stream(cut, self._chunks, rows, rope, self._backend, threads=self._threads)
 
-    def _curvature(self, cut: Stages, first: int, progress: Progress | None) -> Curvature:
+    def _curvature(self, cut: Stages, first: int, tokens: int, progress: Progress | None) -> Curvature:
         def read(done: int, total: int) -> None:
             if progress is not None:
                 progress.preparing("derivatives", done / total)
@@ -224,7 +225,7 @@ class Feedback(Closing):
             self._chunks,
             Rope(self._config.rotary),
             self._backend,
-            tokens=self._search.curvature_tokens or 0,
+            tokens=tokens,
             first=first,
             threads=self._threads,
             read=read,
