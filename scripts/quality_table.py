@@ -20,11 +20,12 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from phiquant.gguf import open_model
+from phiquant.gguf import keys, open_model
 
 TYPES = "Q2_K,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M,IQ1_M,IQ2_XXS,IQ2_M,IQ3_XXS,Q4_0"
 CONTEXT = 512
 READ = (4096, 16384, 65536)  # tokens of calibration, to see whether more of them help
+MOST = 131072  # tokens of calibration otherwise: all of a text that has not more
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ def weights(path: Path) -> int:
         return sum(tensor.nbytes for tensor in file.tensors.values())
 
 
+def read_for(path: Path) -> int:
+    """Tokens of calibration that a file says it was made with."""
+    with open_model(path) as file:
+        return int(file.require(keys.QUANTIZE_TOKENS, int))
+
+
 def line(*cells: object) -> None:
     """A row of a table, at once."""
     print(
@@ -197,14 +204,14 @@ def alone(bench: Bench, types: list[str], texts: dict[str, Path]) -> list[Row]:
 
 
 def readings(bench: Bench, texts: dict[str, Path], calibrations: list[Path], kinds: list[str]) -> None:
-    """More and other text to calibrate on."""
+    """More and other text to calibrate on: as many tokens as files say that were read, each number once."""
     print(f"\n### {bench.name}: what is read for the calibration\n")
     line("type", "calibrated on", "tokens", *texts)
     line("---", "---", "--:", *["--:"] * len(texts))
     for kind in kinds:
         for text in calibrations:
-            for tokens in READ:
-                path = bench.made(kind, text, tokens)
+            paths = [bench.made(kind, text, tokens) for tokens in (*READ, bench.tokens)]
+            for tokens, path in {read_for(path): path for path in paths}.items():
                 values = [bench.measured(path, "feedback", kind, name, on).mean for name, on in texts.items()]
                 line(kind, text.stem, f"{tokens:,}", *values)
 
@@ -249,7 +256,7 @@ def main() -> None:
     p.add_argument("--types", default=TYPES)
     p.add_argument("--parts", default="beside,mixes,alone,readings")
     p.add_argument("--windows", type=int, default=40, help=f"of {CONTEXT} tokens, of every text")
-    p.add_argument("--tokens", type=int, default=READ[-1], help="that ours reads of the calibration text")
+    p.add_argument("--tokens", type=int, default=MOST, help="that ours reads of the calibration text, at most")
     p.add_argument("--work", type=Path, help="keep what is made in this folder, and use what is there")
     p.add_argument("--out", type=Path)
     a = p.parse_args()

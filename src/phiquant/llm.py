@@ -8,7 +8,6 @@ with LLM.load("phi.gguf") as llm:
         print(chunk.text, end="", flush=True)
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, Unpack, overload
@@ -22,6 +21,7 @@ from phiquant.embedding import Pooling, embeddings, pooled
 from phiquant.engine import Drafter, ModelDraft, PromptLookup, Stats
 from phiquant.engine import Sequence as Job
 from phiquant.errors import RequestError
+from phiquant.gguf import parameter_count
 from phiquant.gguf.closing import Closing
 from phiquant.hub import Reference
 from phiquant.loading import PAGE_TOKENS, Loaded
@@ -387,7 +387,7 @@ class LLM(Closing):
     @property
     def parameter_count(self) -> int:
         """Numbers in the model's tensors."""
-        return sum(math.prod(tensor.shape) for tensor in self._loaded.gguf.tensors.values())
+        return parameter_count(self._loaded.gguf.tensors.values())
 
     def stats(self) -> Stats:
         """What the engine is doing and has done."""

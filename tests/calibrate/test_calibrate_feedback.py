@@ -526,6 +526,8 @@ def test_some_chunks_are_drawn_at_random(short: Path, text: str) -> None:
 
 def test_derivatives_are_of_more_tokens_where_they_cost_little(short: Path, text: str) -> None:
     assert Search().settled(50_000_000).curvature_tokens == 8192
+    assert "curvature of 8192 tokens" in str(Search().settled(50_000_000))
+    assert "None" not in str(Search())
     assert Search().settled(3_800_000_000).curvature_tokens == 2048
     assert Search(curvature_tokens=0).settled(50_000_000).curvature_tokens == 0
     with Feedback(short, text, dataset="text", tokens=TOKENS) as model:

@@ -10,7 +10,6 @@ what errors of the stream cost behind each stage, which is known of `curvature` 
             + 4 columns² for the moments, some eight times as much while they are factorized
 """
 
-import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -38,7 +37,7 @@ from phiquant.convert.plan import Plan
 from phiquant.convert.recipes import PlannedTensor
 from phiquant.convert.run import Progress
 from phiquant.errors import UnsupportedError
-from phiquant.gguf import keys, open_model
+from phiquant.gguf import keys, open_model, parameter_count
 from phiquant.gguf.closing import Closing
 from phiquant.kernels.coupled import Coupling
 from phiquant.kernels.ops import ExpertMatMul, MatMul, Weight
@@ -103,7 +102,7 @@ class Feedback(Closing):
         self._gguf = open_model(path)
         try:
             self._config = arch.load(self._gguf)
-            search = (search or Search()).settled(sum(math.prod(t.shape) for t in self._gguf.tensors.values()))
+            search = (search or Search()).settled(parameter_count(self._gguf.tensors.values()))
             self._search, self.embedding = search, statistics is None and search.curvature_tokens != 0
             if statistics is None:
                 tokenizer = Tokenizer.from_gguf(self._gguf)

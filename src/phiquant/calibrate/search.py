@@ -56,4 +56,6 @@ class Search:
         return f"damping {self.damping:g}, columns {order}, {self.rounds} rounds, {self.sweeps} sweeps"
 
     def __str__(self) -> str:
-        return f"{self.of_blocks}, curvature of {self.curvature_tokens} tokens, {self.drawn:.2g} drawn"
+        settled = self.curvature_tokens is not None
+        tokens = f"{self.curvature_tokens} tokens" if settled else "as many tokens as suit the model"
+        return f"{self.of_blocks}, curvature of {tokens}, {self.drawn:.2g} drawn"

@@ -1,6 +1,5 @@
 """What `quantize --calibrate` does before it writes: importance collected, or a model made ready for error feedback."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from phiquant.convert.imatrix import DEFAULT_CHUNK_SIZE, ImportanceMatrix, Stati
 from phiquant.convert.source import Source
 from phiquant.convert.weighing import Calibrated
 from phiquant.errors import RequestError
+from phiquant.gguf import parameter_count
 
 __all__ = [
     "DEFAULT_TOKENS",
@@ -88,7 +88,7 @@ def assumed_calibration(
     exclude: Sequence[str] = (),
 ) -> Calibrated:
     """For a dry run: the plan and its size are those with error feedback from that text, or those statistics."""
-    search = search.settled(sum(math.prod(tensor.shape) for tensor in source.tensors))
+    search = search.settled(parameter_count(source.tensors))
     dataset = str(text)
     if statistics is not None and statistics.exists():
         with MomentsFile.open(statistics) as file:

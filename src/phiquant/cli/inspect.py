@@ -19,7 +19,7 @@ from rich.text import Text
 from phiquant import arch
 from phiquant.cli.quality import quality_rows
 from phiquant.errors import GGUFError, PhiquantError
-from phiquant.gguf import Field, GGMLType, GGUFFile, TensorInfo, open_model
+from phiquant.gguf import Field, GGMLType, GGUFFile, TensorInfo, open_model, parameter_count
 from phiquant.gguf.describe import file_type_name
 from phiquant.gguf.quality import Quality, standing
 from phiquant.text import Tokenizer
@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 def _cost(infos: Iterable[TensorInfo]) -> dict[str, Any]:
     infos = list(infos)
-    elements = sum(math.prod(info.shape) for info in infos)
+    elements = parameter_count(infos)
     size = sum(info.nbytes for info in infos)
     return {"elements": elements, "size": size, "bits_per_weight": round(8 * size / elements, 4) if elements else None}
 

@@ -20,7 +20,7 @@ from phiquant.convert.recipes import Model, Tensor
 from phiquant.convert.safetensors import StoredTensor
 from phiquant.convert.vocabulary import TokenizerFiles, strips_whitespace, tokenizer_keys
 from phiquant.errors import ArchitectureError, CheckpointError, GGUFError, UnsupportedError
-from phiquant.gguf import GGMLType, keys, open_model
+from phiquant.gguf import GGMLType, keys, open_model, parameter_count
 from phiquant.gguf.split import split_name
 
 __all__ = ["CheckpointSource", "GGUFSource", "Source", "model_of", "open_source"]
@@ -135,7 +135,7 @@ class CheckpointSource(Source):
             read_model_card(checkpoint.text("README.md")),
             checkpoint.config,
             checkpoint.json("generation_config.json") or {},
-            parameters=sum(math.prod(tensor.shape) for tensor in self.tensors),
+            parameters=parameter_count(self.tensors),
             label=_size_label(self.tensors),
         )
         return [_phi3_named(entry) if strips and entry.key == keys.NAME else entry for entry in entries]
@@ -230,7 +230,7 @@ class GGUFSource(Source):
 def _size_label(tensors: Sequence[Tensor]) -> str:
     """The parameters of a model; of one with experts their number and the parameters of it if it had but one."""
     stacked = [tensor for tensor in tensors if "_exps." in tensor.name]
-    shared = sum(math.prod(tensor.shape) for tensor in tensors if "_exps." not in tensor.name)
+    shared = parameter_count(tensor for tensor in tensors if "_exps." not in tensor.name)
     if not stacked:
         return size_label(shared)
     return f"{stacked[0].matrices}x{size_label(shared + sum(math.prod(t.shape[1:]) for t in stacked))}"

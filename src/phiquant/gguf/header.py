@@ -17,10 +17,10 @@ first use.
 import math
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +139,16 @@ class TensorInfo:
     type: GGMLType
     offset: int
     nbytes: int
+
+
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def parameter_count(tensors: Iterable[_Shaped]) -> int:
+    """Numbers in all these tensors."""
+    return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 class Header:

@@ -4,7 +4,6 @@ The reference reads the text once and its log-probabilities are kept in a file, 
 keeps them; each file then reads the text beside it.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from ..eval.measure import Measurement
 from ..eval.quality import check_vocabularies, token_windows
 from ..eval.saved import SavedLogits, SavedWriter
 from ..eval.windows import Windows
-from ..gguf import GGUFFile, keys, open_model
+from ..gguf import GGUFFile, keys, open_model, parameter_count
 from ..gguf.describe import file_type_name, made_here
 from ..llm import LLM
 from ..text import Tokenizer
@@ -165,7 +164,7 @@ def _file(
             file_type=file_type_name(gguf) or "",
             made_here=made_here(gguf),
             size=gguf.size,
-            bits=8 * total / max(1, sum(math.prod(info.shape) for info in gguf.tensors.values())),
+            bits=8 * total / max(1, parameter_count(gguf.tensors.values())),
             comparison=measured.comparison,
             by_position=tuple(measured.by_position.tolist()),
             weights=tuple(weights),
