@@ -132,7 +132,7 @@ def weights(path: Path) -> int:
 def read_for(path: Path) -> int:
     """Tokens of calibration that a file says it was made with."""
     with open_model(path) as file:
-        return int(file.require(keys.QUANTIZE_TOKENS, int))
+        return file.require(keys.QUANTIZE_TOKENS, int)
 
 
 def line(*cells: object) -> None:
